@@ -1,0 +1,43 @@
+"""Decorrelated backpropagation for PyTorch: faster learning, and a plain model at the end."""
+
+from decorr_fx.api import export_onnx, fold, paused, report, stats, step, transform
+from decorr_fx.config import DecorrConfig
+from decorr_fx.errors import (
+    CheckpointError,
+    ConfigError,
+    DecorrError,
+    ExportError,
+    LayerError,
+    ModelError,
+    NotTransformedError,
+    PassError,
+)
+from decorr_fx.passes.export import ExportReport
+from decorr_fx.runtime.report import Report, SiteRecord, SiteStats, SkippedRecord, Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DecorrConfig",
+    "DecorrError",
+    "ExportError",
+    "ExportReport",
+    "LayerError",
+    "ModelError",
+    "NotTransformedError",
+    "PassError",
+    "Report",
+    "SiteRecord",
+    "SiteStats",
+    "SkippedRecord",
+    "Stats",
+    "export_onnx",
+    "fold",
+    "paused",
+    "report",
+    "stats",
+    "step",
+    "transform",
+]

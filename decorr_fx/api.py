@@ -1,0 +1,173 @@
+"""The verbs. Each one is: check, run these passes, return."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from decorr_fx.config import DecorrConfig
+from decorr_fx.errors import ConfigError, NotTransformedError
+from decorr_fx.passes.export import ExportOnnx, ExportReport, example_tuple
+from decorr_fx.passes.fold import FoldDecorrelation
+from decorr_fx.passes.insert import InsertDecorrelation
+from decorr_fx.passes.plan import Filter, Plan, Settings, check_model, make_plan
+from decorr_fx.runtime import stepper
+from decorr_fx.runtime.attachment import skipped_of
+from decorr_fx.runtime.report import Report, SiteRecord, Stats, collect_stats, site_records
+from decorr_fx.runtime.state import sites_of
+
+
+def transform(
+    model: nn.Module,
+    config: DecorrConfig | None = None,
+    *,
+    filter_fn: Filter | None = None,
+    overrides: Mapping[str, DecorrConfig | None] | None = None,
+) -> nn.Module:
+    """Return a copy of the model that decorrelates the input of its conv and linear layers while it trains.
+
+    The model itself is not changed; parameters and buffers are shared with it, so that an optimizer made before goes on
+    working. Outputs are those of the model until R moves, which happens right after each step of the optimizer that owns a
+    layer's weight (any `torch.optim.Optimizer`): the training loop stays as it is. Source: arXiv 2405.02385.
+
+    Args:
+        model: a plain module: transform before compiling or wrapping it.
+        config: the settings of all layers; `DecorrConfig()` if None.
+        filter_fn: called with (module, fqn) of each layer; the layer is left alone where it returns False.
+        overrides: other settings for layers whose whole fqn matches a regular expression, or None for "leave alone";
+            the first pattern that matches counts.
+
+    Raises:
+        ModelError: the model is no module, has no layer to decorrelate, is compiled, wrapped or transformed already.
+        LayerError: a layer is lazy, or has a complex or integer weight.
+        ConfigError: a setting is wrong, or a pattern matches no layer.
+    """
+    plan = _plan(check_model(model), config, filter_fn, overrides)
+    stepper.follow_optimizers()
+    return InsertDecorrelation(plan)(model)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Return a plain copy of a transformed model: the original class, names and shapes, with R folded into the weights.
+
+    The transformed model is not changed and can train on. A compiled or DDP-wrapped model is unwrapped first. Outputs equal
+    those of the model in eval mode; `state_dict()` loads into the original class.
+
+    Raises:
+        NotTransformedError: the model is plain, or was folded already.
+    """
+    return FoldDecorrelation()(_unwrapped(model))
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | PathLike[str],
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = True,
+    verify: bool = True,
+) -> ExportReport:
+    """Fold the model and write it as an ONNX file that has no trace of the method and no cost at inference.
+
+    Args:
+        model: a transformed model, which is not changed; a plain one is exported as it is.
+        path: the file to write; it appears, or is replaced, only after every check has passed.
+        example_inputs: what the model is called with: a tensor, or a tuple of positional arguments. Dimension 0 of each
+            tensor is the batch.
+        dynamic_batch: let the file take any batch size.
+        verify: run the file in onnxruntime, at two batch sizes where the batch is dynamic, and compare with the model.
+
+    Raises:
+        ExportError: the path cannot be written, the model does not accept the inputs or cannot be exported, a package is
+            missing, or onnxruntime does not agree with the model. No file is left then.
+    """
+    model = _unwrapped(model)
+    transformed = next(sites_of(model), None) is not None
+    plain = FoldDecorrelation()(model) if transformed else deepcopy(model)
+    return ExportOnnx(Path(path), example_tuple(example_inputs), dynamic_batch, verify)(plain.eval())
+
+
+def report(
+    model: nn.Module,
+    config: DecorrConfig | None = None,
+    *,
+    filter_fn: Filter | None = None,
+    overrides: Mapping[str, DecorrConfig | None] | None = None,
+) -> Report:
+    """List every conv and linear of the model as a site or as skipped with the reason; printing it gives a table.
+
+    Before `transform` it is the plan that the same arguments would lead to; of a transformed model it is what was done.
+
+    Raises:
+        ConfigError: settings were given for a model that is transformed already.
+        ModelError: as `transform`, for a plain model.
+    """
+    inner = _unwrapped(model)
+    if next(sites_of(inner), None) is not None:
+        if config is not None or filter_fn is not None or overrides is not None:
+            raise ConfigError("the model is transformed already: report(model) alone tells what was done")
+        return Report(tuple(site_records(inner)), skipped_of(inner))
+    plan = _plan(check_model(model), config, filter_fn, overrides)
+    return Report(tuple(SiteRecord.of(site.spec) for site in plan.sites), plan.skipped)
+
+
+def stats(model: nn.Module) -> Stats:
+    """Return residual correlation, variance error, steps taken and refused of every site; printing it gives a table.
+
+    Raises:
+        NotTransformedError: the model is plain.
+    """
+    return collect_stats(sites_of(_transformed(model)))
+
+
+def step(model: nn.Module) -> None:
+    """Let every R of the model take its step now, for a loop whose optimizer is not a `torch.optim.Optimizer`.
+
+    Sites that recorded nothing since their last step do not move.
+
+    Raises:
+        NotTransformedError: the model is plain.
+    """
+    stepper.step_sites(sites_of(_transformed(model)))
+
+
+def paused(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which no R of the model moves; what is recorded inside is dropped at its end.
+
+    Raises:
+        NotTransformedError: the model is plain.
+    """
+    return stepper.paused_sites(_transformed(model))
+
+
+def _plan(
+    model: nn.Module,
+    config: DecorrConfig | None,
+    filter_fn: Filter | None,
+    overrides: Mapping[str, DecorrConfig | None] | None,
+) -> Plan:
+    if config is not None and not isinstance(config, DecorrConfig):
+        raise ConfigError(f"config is {config!r}; use a DecorrConfig")
+    return make_plan(model, Settings(config or DecorrConfig(), filter_fn, overrides or {}))
+
+
+def _transformed(model: nn.Module) -> nn.Module:
+    inner = _unwrapped(model)
+    if next(sites_of(inner), None) is None:
+        raise NotTransformedError(f"{type(inner).__name__} is not transformed; call decorr_fx.transform on it first")
+    return inner
+
+
+def _unwrapped(model: object) -> nn.Module:
+    """Return the model inside torch.compile and DistributedDataParallel."""
+    while True:
+        if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model

@@ -1,0 +1,92 @@
+"""The settings of decorrelation: one frozen record that checks itself."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from decorr_fx.errors import ConfigError
+
+RuleName = Literal["dbp", "dbp-normalized", "crgd"]
+StructureName = Literal["auto", "full", "kronecker", "block"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecorrConfig:
+    """How the decorrelating matrix R of a layer is shaped, and how it learns.
+
+    Attributes:
+        rule: what a step of R does. `dbp`: decorrelated backpropagation (arXiv 2405.02385); `dbp-normalized`: its variant
+            with C divided by d - 1 and V doubled; `crgd`: demeaned rows and a norm-keeping gain (arXiv 2407.10780).
+        structure: shape of R over the d features of a row. `full`: d x d. `kronecker`: channels (x) kernel taps. `block`:
+            blocks of at most `max_dim` features. `auto`: full up to `max_dim` features; beyond that the Kronecker pair
+            for a convolution; and blocks of channels wherever a factor would still be larger than `max_dim`.
+        decor_lr: step size of R (eps), or a function from the number of R's steps so far to it. A step is shortened where
+            it would be unstable, so that a large value is safe.
+        kappa: weight of the variance error against the correlation, in [0, 1]. 0 decorrelates only, 1 normalises only.
+            `crgd` has no such trade-off and ignores it.
+        sample_fraction: part of the rows of each forward that is recorded, in (0, 1].
+        max_samples: most rows a layer keeps between two steps of R; later rows then replace earlier ones.
+        update_every: R moves at every n-th step of the optimizer.
+        center: subtract the running mean of the rows in the forward, too. It is folded into the bias, so a layer without
+            one is run uncentred; `report` says so.
+        preserve_function: let W follow each step of R, so that the step leaves the network's function where it was.
+        max_dim: largest side of a factor of R that `auto` and `block` choose.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    rule: RuleName = "dbp"
+    structure: StructureName = "auto"
+    decor_lr: float | Callable[[int], float] = 0.01
+    kappa: float = 0.5
+    sample_fraction: float = 1.0
+    max_samples: int = 256
+    update_every: int = 1
+    center: bool = False
+    preserve_function: bool = True
+    max_dim: int = 512
+
+    def __post_init__(self) -> None:
+        self._one_of("rule", get_args(RuleName))
+        self._one_of("structure", get_args(StructureName))
+        if not callable(self.decor_lr):
+            self._between("decor_lr", 0.0, math.inf)
+        self._between("kappa", 0.0, 1.0)
+        self._between("sample_fraction", 0.0, 1.0)
+        if self.sample_fraction == 0:
+            raise ConfigError("sample_fraction is 0: no row would ever be recorded; use a value in (0, 1]")
+        for name in ("max_samples", "update_every", "max_dim"):
+            self._positive_int(name)
+        for name in ("center", "preserve_function"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use True or False")
+
+    def lr_at(self, step: int) -> float:
+        """Return the step size of R at its step number `step`, checked when it comes from a function."""
+        if not callable(self.decor_lr):
+            return self.decor_lr
+        value = self.decor_lr(step)
+        if not _is_number(value) or not 0 <= value < math.inf:
+            raise ConfigError(f"decor_lr({step}) returned {value!r}; it must return a finite number >= 0")
+        return value
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+
+    def _between(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or not low <= value <= high or math.isinf(value):
+            limit = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"that is finite and >= {low:g}"
+            raise ConfigError(f"{name} is {value!r}; use a number {limit}")
+
+    def _positive_int(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; use a whole number >= 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

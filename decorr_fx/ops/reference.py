@@ -1,0 +1,123 @@
+"""Every formula once, slow and obvious: the oracle of the tests. Use it in float64.
+
+Here R is always one dense matrix `[d, d]` over the features of a row, rows are vectors, and groups are loops.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decorr_fx.config import RuleName
+from decorr_fx.ops.rules import STEP_BOUND
+
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def patches(x: Tensor, weight_shape: Sequence[int], groups: int, transposed: bool, **arguments: Any) -> Tensor:
+    """Return the rows `[n, C * taps]` that a convolution of the given weight shape maps, ordered (image, *output position).
+
+    A convolution whose weight is the identity copies its patches to its output channels; `arguments` are the
+    convolution's own (stride, padding, dilation, output_padding).
+    """
+    kernel = tuple(weight_shape[2:])
+    channels = weight_shape[0] // groups if transposed else weight_shape[1]
+    taps = int(torch.tensor(kernel).prod())
+    eye = torch.eye(channels * taps, dtype=x.dtype).reshape(channels * taps, channels, *kernel)
+    if transposed:
+        weight = eye.transpose(0, 1).repeat(groups, *[1] * (len(kernel) + 1))
+        out = TRANSPOSED[len(kernel) - 1](x, weight, groups=groups, **arguments)
+    else:
+        out = CONVOLUTIONS[len(kernel) - 1](x, eye.repeat(groups, *[1] * (len(kernel) + 1)), groups=groups, **arguments)
+    return out.movedim(1, -1).flatten(0, -2)
+
+
+def dense(factors: Sequence[Tensor]) -> Tensor:
+    """Return the Kronecker product of the factors `[d_i, d_i]`: R as one matrix."""
+    R = factors[0]
+    for factor in factors[1:]:
+        R = torch.kron(R, factor)
+    return R
+
+
+def fold_rows(W: Tensor, R: Tensor) -> Tensor:
+    """Return `W R` for rows `W [o, d]`."""
+    return W @ R
+
+
+def decorrelate_rows(x: Tensor, R: Tensor) -> Tensor:
+    """Return `z = R x` for rows `x [n, d]`."""
+    return x @ R.T
+
+
+class Measured(NamedTuple):
+    """The correlation matrix C, the variance errors V (diagonal) and the second moment M of rows z."""
+
+    C: Tensor
+    V: Tensor
+    M: Tensor
+
+
+def measure(z: Tensor) -> Measured:
+    """Return C, V and M of rows `z [n, d]` (arXiv 2405.02385)."""
+    M = torch.stack([torch.outer(row, row) for row in z]).mean(0)
+    D = torch.diag(torch.diag(M))
+    return Measured(M - D, D - torch.eye(len(M), dtype=z.dtype), M)
+
+
+def correlation_loss(z: Tensor) -> float:
+    """Return the mean over pairs of units of C^2."""
+    C, d = measure(z).C, z.shape[1]
+    return sum(float(C[i, j]) ** 2 for i in range(d) for j in range(d) if i != j) / max(d * (d - 1), 1)
+
+
+def variance_loss(z: Tensor) -> float:
+    """Return the mean over units of V^2."""
+    return float(torch.diag(measure(z).V).square().mean())
+
+
+def gradient(z: Tensor, rule: RuleName, kappa: float) -> Tensor:
+    """Return G, the direction against which R moves, for rows `z [n, d]`."""
+    C, V, M = measure(z)
+    if rule == "crgd":
+        return M
+    if rule == "dbp-normalized":
+        return (1 - kappa) * C / max(len(M) - 1, 1) + 2 * kappa * V
+    return (1 - kappa) * C + kappa * V
+
+
+def transition(z: Tensor, rule: RuleName, decor_lr: float, kappa: float, gain: float) -> Tensor:
+    """Return T of the step `R <- T R`, for rows `z [n, d]`; eps is bounded so that `|eps G|_F <= STEP_BOUND`."""
+    G = gradient(z, rule, kappa)
+    norm = float(torch.linalg.matrix_norm(G))
+    eps = min(decor_lr, STEP_BOUND / norm) if norm > 0 else decor_lr
+    return gain * (torch.eye(len(G), dtype=z.dtype) - eps * G)
+
+
+def norm_gain(x: Tensor, z: Tensor) -> float:
+    """Return the gain of CRGD (arXiv 2407.10780): the mean of |x| / |z| over the rows with a z that is not zero."""
+    ratios = [float(a.norm() / b.norm()) for a, b in zip(x, z, strict=True) if b.norm() > 0]
+    return sum(ratios) / len(ratios) if ratios else 1.0
+
+
+def step_factors(
+    factors: Sequence[Tensor], x: Tensor, rule: RuleName, decor_lr: float, kappa: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Move the factors `[d_i, d_i]` of one R by one step on rows `x [n, d]`; return the new factors and their T."""
+    z = decorrelate_rows(x, dense(factors))
+    gain = norm_gain(x, z) ** (1 / len(factors)) if rule == "crgd" else 1.0
+    sides = [len(factor) for factor in factors]
+    transitions = []
+    for mode, side in enumerate(sides):
+        of_mode = z.reshape(len(z), *sides).movedim(1 + mode, -1).reshape(-1, side)
+        transitions.append(transition(of_mode, rule, decor_lr, kappa, gain))
+    return [T @ factor for T, factor in zip(transitions, factors, strict=True)], transitions
+
+
+def retreat_rows(W: Tensor, transitions: Sequence[Tensor]) -> Tensor:
+    """Return `W T^-1` for rows `W [o, d]`: with `R <- T R`, the product W R stands still."""
+    return W @ torch.linalg.inv(dense(transitions))
+

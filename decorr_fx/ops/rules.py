@@ -1,0 +1,179 @@
+"""The rules: how R moves, given rows it has made of its input.
+
+Every rule is a *transition*: a step of R is `R <- T R` with
+
+    T = gain * (I - eps * G),    G = scale * M + diag(shift),    M = mean over rows of z z^T,   z = R x
+
+so a rule is a choice of (scale, shift, gain) and nothing else. T acts from the left, on the rows of R; each factor of R
+has a T of its own, from the rows of its own mode of z. Weights that follow the step, so that the function stands still,
+take `W <- W T^-1`.
+
+When there are fewer rows than features, M is never formed: `M R = z^T (z R) / n`, 6 n d^2 FLOP instead of 4 n d^2 + 2 d^3.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from decorr_fx.config import RuleName
+from decorr_fx.ops.structure import mix, refold_mode, unfold_mode
+
+# The norm of eps * G is kept below this: T is then positive definite with a condition number of at most 3.
+# The Frobenius norm bounds lambda_max from above, so that no step can overshoot, however wrong eps is.
+STEP_BOUND = 0.5
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Second moment M of `z [stacks, n, d]`, whose unused rows are zero, over `count` rows; dense only where cheaper.
+
+    `mean = z^T z / count [stacks, d, d]` or None; `variance [stacks, d]` its diagonal; `norm [stacks, 1]` its Frobenius norm.
+    """
+
+    z: Tensor
+    count: Tensor
+    mean: Tensor | None
+    variance: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, count: Tensor) -> "Moment":
+        """Measure the rows `z [stacks, n, d]`, of which `count` (a scalar) are in use and the others zero."""
+        dense = z.shape[1] >= z.shape[2]
+        product = (z.mT @ z if dense else z @ z.mT) / count  # the same singular values, the smaller side
+        norm = product.flatten(1).norm(dim=1, keepdim=True)
+        return cls(z, count, product if dense else None, z.square().sum(1) / count, norm)
+
+    def times(self, right: Tensor) -> Tensor:
+        """Return `M @ right`."""
+        return self.mean @ right if self.mean is not None else self.z.mT @ (self.z @ right) / self.count
+
+    def correlation(self) -> Tensor:
+        """Return the mean over pairs of units of `C^2`, with C = M - diag(M): a scalar."""
+        d = self.variance.shape[1]
+        off_diagonal = self.norm.square() - self.variance.square().sum(1, keepdim=True)
+        return off_diagonal.clamp(min=0).mean() / max(d * (d - 1), 1)
+
+    def variance_error(self) -> Tensor:
+        """Return the mean over units of `V^2`, with V = diag(M) - I: a scalar."""
+        return (self.variance - 1).square().mean()
+
+
+@dataclass(frozen=True)
+class Transition:
+    """`T = gain * (I - eps * (scale * M + diag(shift)))`, per stack: `shift [stacks, d]`, `eps` and `gain [stacks, 1, 1]`."""
+
+    moment: Moment
+    scale: float
+    shift: Tensor
+    eps: Tensor
+    gain: Tensor
+
+    def advance(self, factor: Tensor) -> Tensor:
+        """Return `T @ factor`."""
+        change = self.scale * self.moment.times(factor) + self.shift[..., None] * factor
+        return self.gain * (factor - self.eps * change)
+
+    def retreat(self, W: Tensor) -> Tensor:
+        """Return `W @ T^-1` for rows `W [stacks, o, d]`."""
+        if self.moment.mean is None:
+            return self._retreat_by_rows(W)
+        eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
+        T = eye - self.eps * (self.scale * self.moment.mean + torch.diag_embed(self.shift))
+        solved, _ = torch.linalg.solve_ex(T, W.mT)  # solve_ex: no host sync; T is symmetric
+        return solved.mT / self.gain
+
+    def _retreat_by_rows(self, W: Tensor) -> Tensor:
+        """Return `W @ T^-1` through an n x n system (Woodbury), for fewer rows than features."""
+        z, weight = self.moment.z, self.eps * self.scale / self.moment.count
+        shrink = 1 / (1 - self.eps.squeeze(-1) * self.shift)[:, None]
+        scaled = z * shrink
+        eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        inner, _ = torch.linalg.solve_ex(eye - weight * (z @ scaled.mT), scaled)
+        start = W * shrink
+        return (start + weight * (W @ scaled.mT) @ inner) / self.gain
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of all factors of R: the new factors, and the transitions that led there."""
+
+    factors: list[Tensor]
+    transitions: list[Transition]
+
+    def retreat(self, stacked: Tensor) -> Tensor:
+        """Return the stacked weight `[stacks, d_out, *modes]` such that `W R` is what it was before the step."""
+        for mode, transition in enumerate(self.transitions):
+            stacked = refold_mode(transition.retreat(unfold_mode(stacked, mode)), stacked, mode)
+        return stacked
+
+    def correlation(self) -> Tensor:
+        """Return the mean squared correlation before the step, averaged over the factors."""
+        return torch.stack([t.moment.correlation() for t in self.transitions]).mean()
+
+    def variance_error(self) -> Tensor:
+        """Return the mean squared variance error before the step, averaged over the factors."""
+        return torch.stack([t.moment.variance_error() for t in self.transitions]).mean()
+
+
+def step_factors(
+    factors: Sequence[Tensor], x: Tensor, count: Tensor, rule: RuleName, decor_lr: float, kappa: float
+) -> Step:
+    """Move R by one step of `rule`.
+
+    Args:
+        factors: the factors of R, `[stacks, modes[i], modes[i]]`.
+        x: rows `[stacks, n, *modes]`, demeaned where the rule asks for it; unused rows are zero.
+        count: scalar, the number of rows in use.
+        rule: name of the rule.
+        decor_lr: eps; shortened so that the norm of `eps * G` stays below `STEP_BOUND`.
+        kappa: weight of the variance error.
+    """
+    z = mix(x, [factor.mT for factor in factors])
+    gain = _norm_gain(x, z, len(factors)) if rule == "crgd" else x.new_ones(len(x), 1, 1)
+    transitions = []
+    for mode, width in enumerate(z.shape[2:]):
+        other_modes = z[0, 0].numel() // width
+        moment = Moment.of(unfold_mode(z, mode), count * other_modes)
+        scale, shift = RULES[rule](moment.variance, kappa)
+        transitions.append(Transition(moment, scale, shift, _bounded(decor_lr, moment, scale, shift), gain))
+    return Step([t.advance(f) for t, f in zip(transitions, factors, strict=True)], transitions)
+
+
+def _bounded(decor_lr: float, moment: Moment, scale: float, shift: Tensor) -> Tensor:
+    """Return eps `[stacks, 1, 1]`: `decor_lr`, or less where `eps * |G|_F` would exceed `STEP_BOUND`."""
+    cross = 2 * scale * (moment.variance * shift).sum(1, keepdim=True)
+    squared = (scale * moment.norm).square() + cross + shift.square().sum(1, keepdim=True)
+    norm = squared.clamp(min=0).sqrt()
+    return (STEP_BOUND / norm).clamp(max=decor_lr)[..., None]
+
+
+def _norm_gain(x: Tensor, z: Tensor, factors: int) -> Tensor:
+    """Return the gain of CRGD, mean(|x| / |z|) over the rows with a z, shared out evenly over the factors of R."""
+    x_norm, z_norm = (t.flatten(2).norm(dim=2) for t in (x, z))
+    alive = z_norm > 0
+    ratio = torch.where(alive, x_norm / z_norm, 0).sum(1) / alive.sum(1)
+    ratio = torch.where(alive.any(1), ratio, 1)
+    return (ratio ** (1 / factors))[:, None, None]
+
+
+def _dbp(variance: Tensor, kappa: float) -> tuple[float, Tensor]:
+    return 1 - kappa, kappa * (variance - 1) - (1 - kappa) * variance
+
+
+def _dbp_normalized(variance: Tensor, kappa: float) -> tuple[float, Tensor]:
+    scale = (1 - kappa) / max(variance.shape[1] - 1, 1)
+    return scale, 2 * kappa * (variance - 1) - scale * variance
+
+
+def _crgd(variance: Tensor, kappa: float) -> tuple[float, Tensor]:
+    return 1.0, torch.zeros_like(variance)
+
+
+RULES: dict[RuleName, Callable[[Tensor, float], tuple[float, Tensor]]] = {
+    "dbp": _dbp,
+    "dbp-normalized": _dbp_normalized,
+    "crgd": _crgd,
+}

@@ -1,0 +1,156 @@
+"""How a weight and its input rows are seen by R, and how R is factored.
+
+One convention holds everywhere. A conv or linear maps rows of `C_in * taps` features, channel-major, as
+`weight.flatten(1)` and `F.unfold` order them. R works on *stacks* of such rows:
+
+    weight   [stacks, d_out, *modes]        rows   [stacks, n, *modes]        factor i of R   [stacks, modes[i], modes[i]]
+
+where `stacks = groups * blocks` counts the independent matrices R, and `modes` is `(d,)` for one dense matrix or
+`(channels, taps)` for a Kronecker pair. Three examples:
+
+    Linear(64, 10), full                      stacks 1,  modes (64,)
+    Conv2d(128, 256, 3), kronecker            stacks 1,  modes (128, 9)
+    Conv2d(128, 128, 3, groups=4), 2 blocks   stacks 8,  modes (144,)       16 channels of 9 taps in each
+
+so that a grouped convolution, a block-diagonal R and a Kronecker pair are all the same few lines.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from decorr_fx.config import StructureName
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The reading of one weight as rows of features, and the structure of R over them.
+
+    Attributes:
+        groups: groups of the convolution (1 for a linear).
+        d_out: outputs per group.
+        channels: input channels per group.
+        taps: kernel taps (1 for a linear).
+        transposed: the weight is stored `[C_in, d_out, *kernel]`, as transposed convolutions do.
+        blocks: number of diagonal blocks that the channels of a group are cut into.
+        paired: R is a Kronecker pair (channels, taps) instead of one dense matrix.
+    """
+
+    groups: int
+    d_out: int
+    channels: int
+    taps: int = 1
+    transposed: bool = False
+    blocks: int = 1
+    paired: bool = False
+
+    @property
+    def d(self) -> int:
+        """Features of a row, per group."""
+        return self.channels * self.taps
+
+    @property
+    def stacks(self) -> int:
+        """Number of independent matrices R."""
+        return self.groups * self.blocks
+
+    @property
+    def modes(self) -> tuple[int, ...]:
+        """Sides of the factors of R."""
+        width = self.channels // self.blocks
+        return (width, self.taps) if self.paired else (width * self.taps,)
+
+    @property
+    def structure(self) -> str:
+        """Name of the structure of R, for people."""
+        name = "kronecker" if self.paired else "full" if self.blocks == 1 else "block"
+        return f"{name} x{self.blocks}" if self.blocks > 1 else name
+
+    def flops(self, rows: int) -> int:
+        """Count the extra FLOP of one training step: folding W (forward and backward) and moving R over `rows` rows."""
+        total = 0
+        size = prod(self.modes)
+        for m in self.modes:
+            n = rows * size // m
+            mix_rows = 2 * n * m * m
+            fold = 2 * 2 * self.d_out * size * m
+            move = 4 * n * m * m if n < m else 2 * n * m * m + 2 * m**3
+            total += mix_rows + fold + move
+        return total * self.stacks
+
+
+def choose_layout(plain: Layout, structure: StructureName, max_dim: int) -> Layout:
+    """Return the layout that `structure` asks for on the weight read as `plain`.
+
+    `auto` is full up to `max_dim` features; beyond that the Kronecker pair for a convolution, and blocks of channels
+    wherever a factor would still be larger than `max_dim`.
+    """
+    small, has_taps = plain.d <= max_dim, plain.taps > 1
+    if structure == "full" or (structure == "auto" and small):
+        return plain
+    if structure == "kronecker":
+        return _with(plain, 1, paired=has_taps)
+    if structure == "block":
+        return _with(plain, _blocks(plain.channels, max_dim // plain.taps), paired=False)
+    return _with(plain, _blocks(plain.channels, max_dim), paired=has_taps)
+
+
+def _with(plain: Layout, blocks: int, paired: bool) -> Layout:
+    # A pair over a single channel is one dense matrix over the taps: say so, instead of carrying a 1 x 1 factor.
+    paired = paired and plain.channels > blocks
+    return Layout(plain.groups, plain.d_out, plain.channels, plain.taps, plain.transposed, blocks, paired)
+
+
+def _blocks(channels: int, most: int) -> int:
+    """Return the fewest equal blocks of at most `most` channels (of one, where not even that fits)."""
+    return next(blocks for blocks in range(1, channels + 1) if channels % blocks == 0 and channels // blocks <= max(most, 1))
+
+
+def stack_weight(W: Tensor, layout: Layout) -> Tensor:
+    """Return `W [O, C/groups, *kernel]` (transposed: `[C, O/groups, *kernel]`) as `[stacks, d_out, *modes]`."""
+    g, b, width = layout.groups, layout.blocks, layout.channels // layout.blocks
+    if layout.transposed:
+        cut = W.reshape(g, b, width, layout.d_out, layout.taps).transpose(2, 3)
+    else:
+        cut = W.reshape(g, layout.d_out, b, width, layout.taps).transpose(1, 2)
+    return cut.reshape(layout.stacks, layout.d_out, *layout.modes)
+
+
+def unstack_weight(stacked: Tensor, shape: Sequence[int], layout: Layout) -> Tensor:
+    """Return the inverse of `stack_weight`: a weight of the given `shape`."""
+    g, b, width = layout.groups, layout.blocks, layout.channels // layout.blocks
+    cut = stacked.reshape(g, b, layout.d_out, width, layout.taps)
+    return (cut.transpose(2, 3) if layout.transposed else cut.transpose(1, 2)).reshape(shape)
+
+
+def stack_rows(rows: Tensor, layout: Layout) -> Tensor:
+    """Return `rows [n, C * taps]`, channel-major, as `[stacks, n, *modes]`."""
+    return rows.reshape(rows.shape[0], layout.stacks, *layout.modes).movedim(1, 0)
+
+
+def unfold_mode(stacked: Tensor, mode: int) -> Tensor:
+    """Return `[stacks, n, *modes]` as rows of one mode, `[stacks, n * other modes, modes[mode]]`."""
+    return stacked.movedim(2 + mode, -1).flatten(1, -2)
+
+
+def refold_mode(rows: Tensor, like: Tensor, mode: int) -> Tensor:
+    """Return the inverse of `unfold_mode`, in the shape of `like`."""
+    shape = like.movedim(2 + mode, -1).shape
+    return rows.reshape(shape).movedim(-1, 2 + mode)
+
+
+def mix(stacked: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Multiply every row `w` of `stacked [stacks, n, *modes]` by R from the right: `w^T R`, one factor a mode.
+
+    With the factors transposed this is `R x` for input rows.
+    """
+    for mode, factor in enumerate(factors):
+        stacked = refold_mode(unfold_mode(stacked, mode) @ factor, stacked, mode)
+    return stacked
+
+
+def fold_weight(W: Tensor, factors: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Return `W R` in the shape of W: the weight that acts on plain inputs as W acts on decorrelated ones."""
+    return unstack_weight(mix(stack_weight(W, layout), factors), W.shape, layout)

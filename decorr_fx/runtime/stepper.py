@@ -1,0 +1,50 @@
+"""When R moves: right after the step of the optimizer that owns the site's weight, and at no other time.
+
+A loop that is valid for W, which changes in place at `optimizer.step()`, is then valid for R: gradient accumulation,
+two forwards before one backward, checkpointing, skipped steps of a GradScaler, several optimizers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
+
+
+@cache
+def follow_optimizers() -> None:
+    """Let every site follow the optimizer that owns its weight, from now on; calling it again does nothing."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+@torch.compiler.disable
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    step_sites(site for site in list(LIVE_SITES) if id(site.weight_slot.get()) in owned)
+
+
+def step_sites(sites: Iterator[Site]) -> None:
+    """Step the given sites, except those that are paused or whose weight is frozen."""
+    for site in sites:
+        if not site.paused and site.weight_slot.get().requires_grad:
+            site.step()
+
+
+@contextmanager
+def paused_sites(model: nn.Module) -> Iterator[None]:
+    """Keep every R of the model where it is; rows recorded meanwhile are dropped at the end."""
+    held = [site for site in sites_of(model) if not site.paused]
+    for site in held:
+        site.paused = True
+    try:
+        yield
+    finally:
+        for site in held:
+            site.paused = False
+            site.forget()

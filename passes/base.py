@@ -1,0 +1,133 @@
+"""What the passes share: one checked contract, copies of a model, and the layer whose forward is a graph.
+
+A module that calls a conv or a linear becomes a *graph layer*: the same object layout, parameter names and attributes, with
+its class replaced by a subclass whose forward runs one of two `torch.fx` graphs, picked by `.train()` and `.eval()`. All
+other modules keep their own forward, so that hooks, control flow and direct calls of submodules go on working.
+"""
+
+import linecache
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from functools import cached_property, wraps
+from itertools import count
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, fx, nn
+
+from decorr_fx.errors import PassError
+
+Result = TypeVar("Result")
+_file_numbers = count()
+
+
+class Pass(ABC, Generic[Result]):
+    """A step of a verb: `requires` checks what comes in, `call` works, `ensures` checks what comes out."""
+
+    def __call__(self, model: nn.Module) -> Result:
+        """Run the pass on a model, which stays as it is, with its contract checked before and after."""
+        self.requires(model)
+        result = self.call(model)
+        self.ensures(model, result)
+        return result
+
+    @abstractmethod
+    def requires(self, model: nn.Module) -> None:
+        """Raise a `DecorrError` that tells the user what to do, where the pass cannot work on `model`."""
+
+    @abstractmethod
+    def call(self, model: nn.Module) -> Result:
+        """Do the work."""
+
+    @abstractmethod
+    def ensures(self, model: nn.Module, result: Result) -> None:
+        """Call `broken` where the result is not what the pass promises."""
+
+    def broken(self, place: str, problem: str) -> PassError:
+        """Return the error for a promise that was not kept at `place`."""
+        return PassError(f"{type(self).__name__}, at {place!r}: {problem}; this is a bug in decorr_fx, please report it")
+
+
+def copy_model(model: nn.Module, shared: Iterable[object]) -> nn.Module:
+    """Return a deep copy in which the `shared` objects are the very same ones as in `model`."""
+    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    return deepcopy(model, memo)
+
+
+def copy_sharing_tensors(model: nn.Module) -> nn.Module:
+    """Return a copy with modules of its own over the same parameters, buffers and other tensors."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers(), *plain_tensors(model)]
+    return copy_model(model, tensors)
+
+
+def plain_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the tensors that are neither parameters nor buffers but attributes, as hooks and caches leave them."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+class Graphs:
+    """The train and the eval graph of one layer's forward. A copy of a model shares them: they hold no tensor."""
+
+    def __init__(self, train: fx.Graph, evaluate: fx.Graph) -> None:
+        self.train = train
+        self.evaluate = evaluate
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
+        return self
+
+    @cached_property
+    def forwards(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The forwards of train and eval mode, generated once, after the last change of the graphs."""
+        return _generate_forward(self.train), _generate_forward(self.evaluate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"train": self.train, "evaluate": self.evaluate}
+
+
+class GraphLayer:
+    """Mixed into a layer's class by `as_graph_layer`: the forward runs a graph of the layer's own."""
+
+    plain_class: ClassVar[type[nn.Module]]
+    graphs: ClassVar[Graphs]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, *state = super().__reduce_ex__(protocol)
+        return (_new_graph_layer, (self.plain_class, self.graphs), *state)
+
+
+def as_graph_layer(module: nn.Module, graphs: Graphs) -> None:
+    """Let the module's forward run the graphs from now on; `as_plain_layer` undoes it."""
+    module.__class__ = _graph_layer_class(type(module), graphs)
+
+
+def as_plain_layer(module: nn.Module) -> None:
+    """Give a graph layer its own class back."""
+    if isinstance(module, GraphLayer):
+        module.__class__ = module.plain_class
+
+
+def _graph_layer_class(plain_class: type[nn.Module], graphs: Graphs) -> type[nn.Module]:
+    train_forward, eval_forward = graphs.forwards
+
+    @wraps(plain_class.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (train_forward if self.training else eval_forward)(self, *args, **kwargs)
+
+    members = {"forward": forward, "plain_class": plain_class, "graphs": graphs, "__module__": __name__}
+    return type(f"Decorrelated{plain_class.__name__}", (GraphLayer, plain_class), members)
+
+
+def _new_graph_layer(plain_class: type[nn.Module], graphs: Graphs) -> nn.Module:
+    layer_class = _graph_layer_class(plain_class, graphs)
+    return layer_class.__new__(layer_class)
+
+
+def _generate_forward(graph: fx.Graph) -> Callable[..., Any]:
+    """Compile the graph's Python code, with its source where tracebacks, debuggers and torch.compile look for it."""
+    code = graph.python_code("self")
+    filename = f"<decorr_fx graph {next(_file_numbers)}>"
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)
+    generated: Callable[..., Any] = namespace["forward"]
+    return generated

@@ -1,0 +1,190 @@
+"""Export: a plain model becomes an ONNX file, which appears at its path only after onnxruntime agreed with the model."""
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from decorr_fx.errors import ExportError, ModelError
+from decorr_fx.passes.base import Pass
+from decorr_fx.runtime.state import sites_of
+
+TOLERANCE = 1e-4  # largest difference from the model, relative to its largest output, that a verified file may show
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported.
+
+    Attributes:
+        path: where the file is.
+        operators: how often each ONNX operator occurs.
+        max_error: largest difference between onnxruntime and the model, relative to the largest output; None if not verified.
+        provider: the onnxruntime provider that ran the file; None if not verified.
+        batch_sizes: the batch sizes that were compared.
+    """
+
+    path: Path
+    operators: dict[str, int]
+    max_error: float | None
+    provider: str | None
+    batch_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExportOnnx(Pass[ExportReport]):
+    """Export a plain model in eval mode with `torch.onnx.export(dynamo=True)`, check the file, and compare it in onnxruntime."""
+
+    path: Path
+    example_inputs: tuple[Any, ...]
+    dynamic_batch: bool
+    verify: bool
+
+    def requires(self, model: nn.Module) -> None:
+        """The model is plain and in eval mode, accepts the example inputs, and the path can be written."""
+        if next(sites_of(model), None) is not None or model.training:
+            raise ModelError("only a plain model in eval mode can be exported; fold it first")
+        folder = self.path.parent
+        if self.path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            problem = "is a directory" if self.path.is_dir() else "cannot be written: its folder is missing or read-only"
+            raise ExportError(f"{self.path} {problem}; give the path of a file in a folder that exists")
+        self._require_onnx()
+        if not _tensors(self.example_inputs):
+            raise ExportError("example_inputs holds no tensor; give what the model is called with, a tensor or a tuple")
+        _run(model, self.example_inputs)
+
+    def call(self, model: nn.Module) -> ExportReport:
+        """Export into a temporary folder beside the path, verify there, then move the file to its place."""
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.") as folder:
+            file = Path(folder) / self.path.name
+            self._write(model, file)
+            operators = _check_file(file)
+            compared = self._compare(model, file) if self.verify else (None, None, ())
+            for written in sorted(Path(folder).iterdir(), reverse=True):  # external weights before the graph
+                os.replace(written, self.path.parent / written.name)
+        return ExportReport(self.path, operators, *compared)
+
+    def ensures(self, model: nn.Module, result: ExportReport) -> None:
+        """The file is there."""
+        if not self.path.is_file():
+            raise self.broken(str(self.path), "no file was written")
+
+    def _require_onnx(self) -> None:
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ExportError(f"{error.name} is not installed; pip install 'decorr_fx[onnx]'") from None
+
+    def _write(self, model: nn.Module, file: Path) -> None:
+        inputs = _of_batch(self.example_inputs, 2) if self.dynamic_batch else self.example_inputs
+        shapes = pytree.tree_map(_dynamic_batch, inputs) if self.dynamic_batch else None
+        try:
+            program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            assert program is not None
+            program.save(str(file))
+        except Exception as error:  # the exporter raises whatever the model's code makes it raise
+            advice = "; if its forward needs a fixed batch, use dynamic_batch=False" if self.dynamic_batch else ""
+            raise ExportError(f"torch.onnx.export failed: {_first_line(error)}{advice}") from error
+
+    def _compare(self, model: nn.Module, file: Path) -> tuple[float, str, tuple[int, ...]]:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file), providers=_providers(onnxruntime))
+        own = _batch_size(self.example_inputs)
+        sizes = (own, own + 1) if self.dynamic_batch else (own,)
+        errors = [self._error(model, session, size) for size in sizes]
+        if not max(errors) <= TOLERANCE:
+            raise ExportError(
+                f"onnxruntime disagrees with the model by {max(errors):.2g} of its largest output (allowed: {TOLERANCE:g}) "
+                f"at batch sizes {sizes}; no file was left at {self.path}"
+            )
+        return max(errors), session.get_providers()[0], sizes
+
+    def _error(self, model: nn.Module, session: Any, batch: int) -> float:
+        inputs = _of_batch(self.example_inputs, batch) if self.dynamic_batch else self.example_inputs
+        expected = _tensors(_run(model, inputs))
+        feeds = dict(zip((i.name for i in session.get_inputs()), map(_numpy, _tensors(inputs)), strict=True))
+        got = [torch.from_numpy(out) for out in session.run(None, feeds)]
+        return max(_relative_error(g, e.cpu()) for g, e in zip(got, expected, strict=True))
+
+
+def _providers(onnxruntime: Any) -> list[str]:
+    available = onnxruntime.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    try:
+        with torch.no_grad():
+            return model(*inputs)
+    except Exception as error:  # whatever the model makes of inputs that it was not written for
+        shapes = [tuple(t.shape) for t in _tensors(inputs)]
+        raise ExportError(
+            f"{type(model).__name__} does not accept the example inputs of shapes {shapes}: {_first_line(error)}"
+        ) from error
+
+
+def _check_file(file: Path) -> dict[str, int]:
+    import onnx
+
+    onnx.checker.check_model(str(file), full_check=True)
+    graph = onnx.load(str(file), load_external_data=False).graph
+    return dict(sorted(Counter(node.op_type for node in graph.node).items()))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _dynamic_batch(leaf: Any) -> Any:
+    return {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.dim() else None
+
+
+def _batch_size(inputs: tuple[Any, ...]) -> int:
+    sizes = [len(t) for t in _tensors(inputs) if t.dim()]
+    return sizes[0] if sizes else 1
+
+
+def _of_batch(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """Return the inputs with their rows repeated, or cut, to `size`; a batch of 1 would be taken for a constant."""
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        return leaf[torch.arange(size, device=leaf.device) % len(leaf)]
+
+    resized: tuple[Any, ...] = pytree.tree_map(resize, inputs)
+    return resized
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().numpy()
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    if not expected.is_floating_point():
+        return float((got != expected).any())
+    scale = expected.abs().max().clamp(min=1e-12) if expected.numel() else 1.0
+    return float((got - expected).abs().max() / scale) if expected.numel() else 0.0
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def example_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    """Return example inputs as the tuple of positional arguments that they stand for."""
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs)
+    return (example_inputs,)

@@ -1,0 +1,41 @@
+"""Folding: `W <- W R` and, where centred, `b <- b - W R mu`, then every trace of the method is removed."""
+
+from torch import nn
+
+from decorr_fx.errors import NotTransformedError
+from decorr_fx.passes.base import GraphLayer, Pass, as_plain_layer, copy_model, plain_tensors
+from decorr_fx.runtime.attachment import detach
+from decorr_fx.runtime.state import Site, sites_of
+
+
+class FoldDecorrelation(Pass[nn.Module]):
+    """Return a plain copy of a transformed model: the original classes, parameter names and shapes, with R folded in."""
+
+    def requires(self, model: nn.Module) -> None:
+        """The model is transformed."""
+        if next(sites_of(model), None) is None:
+            raise NotTransformedError(
+                f"{type(model).__name__} has no decorrelated layer: it is plain, or was folded already; use it as it is"
+            )
+
+    def call(self, model: nn.Module) -> nn.Module:
+        """Fold every site into the parameters of a copy."""
+        computed = [t for t in plain_tensors(model) if t.grad_fn is not None]  # left by hooks; they cannot be copied
+        plain = copy_model(model, computed)
+        for site in sites_of(plain):
+            site.fold_into_weight()
+        for module in list(plain.modules()):
+            for name in [name for name, child in module.named_children() if isinstance(child, Site)]:
+                delattr(module, name)
+            as_plain_layer(module)
+        detach(plain)
+        return plain
+
+    def ensures(self, model: nn.Module, result: nn.Module) -> None:
+        """No module, class or key of ours is left, and nothing else is missing."""
+        for fqn, module in result.named_modules():
+            if isinstance(module, Site | GraphLayer):
+                raise self.broken(fqn, "a part of the transformed model is left")
+        ours = {key for key in model.state_dict() if "_decorr." in key}
+        if result.state_dict().keys() != model.state_dict().keys() - ours:
+            raise self.broken("state_dict", "the keys are not those of the plain model")

@@ -1,0 +1,241 @@
+"""Planning: which weights become sites and with which settings, and why the other layers do not.
+
+A site is one *parameter*, with all calls that use it: a layer called twice, or two layers with tied weights, share one R.
+A parameter that something else reads too cannot be folded, and is refused with the reason.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from decorr_fx.config import DecorrConfig
+from decorr_fx.errors import ConfigError, LayerError, ModelError
+from decorr_fx.ops.structure import choose_layout
+from decorr_fx.passes.match import CALLS, Call, Unmatched, is_call, match_call
+from decorr_fx.passes.trace import OPAQUE, Traced, trace_model
+from decorr_fx.runtime.report import SkippedRecord
+from decorr_fx.runtime.state import Site, SiteSpec
+
+Filter = Callable[[nn.Module, str], bool]
+Overrides = Mapping[str, DecorrConfig | None]
+Readers = dict[int, list[tuple[str, fx.Node]]]  # for the id of every parameter: who reads it, by piece and node
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a site's weight: in the train or eval graph of the layer `piece`."""
+
+    piece: str
+    training: bool
+    call: Call
+
+    @property
+    def parameter_fqn(self) -> str:
+        """Name of the parameter in the whole model."""
+        return f"{self.piece}.{self.call.source.path}" if self.piece else self.call.source.path
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """A site to be made: its specification and every use of its weight."""
+
+    spec: SiteSpec
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sites to be made, the graphs that they are made in, and the layers that are left as they are."""
+
+    traced: Traced
+    sites: tuple[SitePlan, ...]
+    skipped: tuple[SkippedRecord, ...]
+
+
+@dataclass
+class Settings:
+    """The settings of each layer: the config, `filter_fn` and `overrides`; it remembers which patterns have matched."""
+
+    config: DecorrConfig
+    filter_fn: Filter | None
+    overrides: Overrides
+    matched: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for pattern, override in self.overrides.items():
+            if override is not None and not isinstance(override, DecorrConfig):
+                raise ConfigError(f"overrides[{pattern!r}] is {override!r}; use a DecorrConfig, or None for 'leave alone'")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"overrides: {pattern!r} is not a regular expression: {error}") from None
+
+    def choose(self, module: nn.Module, fqn: str) -> DecorrConfig:
+        """Return the settings of a layer; raise `Unmatched` where the user leaves it alone."""
+        if self.filter_fn is not None and not self.filter_fn(module, fqn):
+            raise Unmatched("left alone by filter_fn")
+        hits = [pattern for pattern in self.overrides if re.fullmatch(pattern, fqn)]
+        self.matched.update(hits)
+        config = self.overrides[hits[0]] if hits else self.config
+        if config is None:
+            raise Unmatched(f"left alone by overrides[{hits[0]!r}]")
+        return config
+
+    def check_all_matched(self, layers: list[str]) -> None:
+        """Raise `ConfigError` for the first pattern that named no layer."""
+        for pattern in self.overrides:
+            if pattern not in self.matched:
+                raise ConfigError(
+                    f"overrides: {pattern!r} matches no layer; it must match a whole name, like 'fc' or 'layer4\\..*', "
+                    f"and the layers are {', '.join(layers[:8])}{', ...' if len(layers) > 8 else ''}"
+                )
+
+
+def make_plan(model: nn.Module, settings: Settings) -> Plan:
+    """Decide for every conv and linear of the model; the model is not changed.
+
+    Raises:
+        LayerError: a layer that would be a site has a weight that cannot be decorrelated.
+        ModelError: the model has no conv or linear that could be a site.
+        ConfigError: an override matches no layer.
+    """
+    traced = trace_model(model)
+    skipped = [*_opaque_layers(traced), *_failed_layers(traced)]
+    by_parameter: dict[int, list[Use]] = {}
+    for piece, training, node in _calls(traced):
+        try:
+            call = match_call(node, traced.scratch.get_submodule(piece))
+            by_parameter.setdefault(id(call.source.parameter), []).append(Use(piece, training, call))
+        except Unmatched as reason:
+            skipped.append(SkippedRecord(piece, CALLS[node.target][0], str(reason)))  # type: ignore[index]
+    readers = _readers(traced)
+    sites = []
+    for uses in by_parameter.values():
+        fqn = _layer_name(uses[0].parameter_fqn)
+        try:
+            config = settings.choose(model.get_submodule(uses[0].piece), fqn)
+            _check_dtype(fqn, uses[0].call.source.parameter)
+            _check_exclusive(traced, uses, readers)
+            centered = config.center and _has_own_bias(traced, uses, readers)
+            sites.append(SitePlan(_specify(fqn, uses, config, centered), tuple(uses)))
+        except Unmatched as reason:
+            skipped.append(SkippedRecord(fqn, uses[0].call.kind, str(reason)))
+    settings.check_all_matched([_layer_name(uses[0].parameter_fqn) for uses in by_parameter.values()])
+    skipped = list(dict.fromkeys(skipped))  # the train and the eval graph give the same reasons
+    if not sites:
+        reasons = "".join(f"; {s.fqn or '(root)'}: {s.reason}" for s in skipped[:3])
+        raise ModelError(f"{type(model).__name__} has no conv or linear layer to decorrelate{reasons}")
+    return Plan(traced, tuple(sites), tuple(skipped))
+
+
+def _calls(traced: Traced) -> Iterator[tuple[str, bool, fx.Node]]:
+    for piece, graphs in traced.graphs.items():
+        for training, graph in ((True, graphs.train), (False, graphs.evaluate)):
+            yield from ((piece, training, node) for node in graph.nodes if is_call(node))
+
+
+def _layer_name(parameter_fqn: str) -> str:
+    """Return the name of the layer that a person would give: `fc` for `fc.weight` or its parametrization."""
+    return re.sub(r"(^|\.)(weight|parametrizations\.weight\..*)$", "", parameter_fqn)
+
+
+def _specify(fqn: str, uses: list[Use], config: DecorrConfig, centered: bool) -> SiteSpec:
+    first = uses[0].call
+    for use in uses:
+        if (use.call.layout, use.call.geometry) != (first.layout, first.geometry):
+            raise Unmatched(f"its weight is also used by {use.piece!r}, which reads it in another way ({use.call.kind})")
+    layout = choose_layout(first.layout, config.structure, config.max_dim)
+    return SiteSpec(fqn, first.kind, layout, first.geometry, config, centered)
+
+
+def _check_dtype(fqn: str, weight: Tensor) -> None:
+    if not weight.dtype.is_floating_point:
+        name = str(weight.dtype).removeprefix("torch.")
+        raise LayerError(fqn, f"its weight is {name}; only real floating-point weights can be decorrelated: "
+                              f"leave it alone with overrides={{{fqn!r}: None}}")  # fmt: skip
+
+
+def _readers(traced: Traced) -> Readers:
+    """Return, for every parameter, the nodes of all graphs that read it."""
+    readers: Readers = {}
+    for piece, graphs in traced.graphs.items():
+        module = traced.scratch.get_submodule(piece)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        for node in [*graphs.train.nodes, *graphs.evaluate.nodes]:
+            if node.op == "get_attr" and node.target in parameters:
+                readers.setdefault(id(parameters[node.target]), []).append((piece, node))
+    return readers
+
+
+def _check_exclusive(traced: Traced, uses: list[Use], readers: Readers) -> None:
+    """Refuse a parameter that anything but the matched calls reads: folding R into it would change that reader."""
+    parameter = uses[0].call.source.parameter
+    calls = {use.call.node for use in uses}
+    known = calls.union(*(use.call.source.between for use in uses))
+    for piece, node in readers.get(id(parameter), []):
+        for user in node.users:
+            if user not in known:
+                raise Unmatched(f"its weight is also read by {user.name!r} in {piece or '(root)'!r}")
+    for node in known - calls:
+        for user in node.users:
+            if user not in known:
+                raise Unmatched(f"what is computed from its weight is also used by {user.name!r}")
+    inside_calls = {use.parameter_fqn for use in uses if use.call.source.inner}
+    for owner_fqn, owner in traced.scratch.named_modules():
+        for name, owned in owner.named_parameters(owner_fqn, recurse=False):
+            if owned is parameter and owner_fqn not in traced.graphs and name not in inside_calls:
+                raise Unmatched(f"its weight is shared with {owner_fqn!r} ({type(owner).__name__})")
+
+
+def _has_own_bias(traced: Traced, uses: list[Use], readers: Readers) -> bool:
+    """Tell whether the calls of a site have one bias that nothing else reads: a mean can be folded into it."""
+    paths = {(use.piece, use.call.bias_path) for use in uses}
+    piece, path = paths.pop()
+    if paths or path is None:
+        return False
+    bias = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False)).get(path)
+    calls = {use.call.node for use in uses}
+    return bias is not None and all(user in calls for _, node in readers[id(bias)] for user in node.users)
+
+
+def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
+    for fqn, outer in traced.opaque.items():
+        module = traced.scratch.get_submodule(fqn)
+        if isinstance(module, (*OPAQUE, nn.Linear, _ConvNd)):
+            kind = type(traced.scratch.get_submodule(outer)).__name__
+            where = "" if fqn == outer else f", inside {outer!r}"
+            yield SkippedRecord(fqn, type(module).__name__, f"{kind} runs as one fused kernel on raw weights{where}")
+
+
+def _failed_layers(traced: Traced) -> Iterator[SkippedRecord]:
+    for fqn, problem in traced.failed.items():
+        module = traced.scratch.get_submodule(fqn)
+        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            yield SkippedRecord(fqn, type(module).__name__, f"its forward cannot be traced: {problem}")
+
+
+def check_model(model: object) -> nn.Module:
+    """Return the model if `transform` can take it.
+
+    Raises:
+        ModelError: not a module, compiled, wrapped, scripted or transformed already.
+        LayerError: a lazy layer that has not run yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for fqn, module in model.named_modules():
+        if isinstance(module, Site):
+            raise ModelError("the model is transformed already; train it as it is, or fold it first")
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ModelError(f"{fqn or 'the model'!r} is compiled; transform the plain model, then compile the result")
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise ModelError(f"{fqn or 'the model'!r} is wrapped in {type(module).__name__}; transform first, then wrap")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{fqn or 'the model'!r} is a ScriptModule; transform the module it was scripted from")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise LayerError(fqn, "is lazy and has no weight yet; run the model once on an example, then transform it")
+    return model
