@@ -31,8 +31,8 @@ def transform(
     """Return a copy of the model that decorrelates the input of its conv and linear layers while it trains.
 
     The model itself is not changed; parameters and buffers are shared with it, so that an optimizer made before goes on
-    working. Outputs are those of the model until R moves, which happens right after each step of the optimizer that owns a
-    layer's weight (any `torch.optim.Optimizer`): the training loop stays as it is. Source: arXiv 2405.02385.
+    working. Outputs are those of the model until R moves, which happens right after each step of the optimizer that
+    owns a layer's weight (any `torch.optim.Optimizer`): the training loop stays as it is. Source: arXiv 2405.02385.
 
     Args:
         model: a plain module: transform before compiling or wrapping it.
@@ -54,8 +54,8 @@ def transform(
 def fold(model: nn.Module) -> nn.Module:
     """Return a plain copy of a transformed model: the original class, names and shapes, with R folded into the weights.
 
-    The transformed model is not changed and can train on. A compiled or DDP-wrapped model is unwrapped first. Outputs equal
-    those of the model in eval mode; `state_dict()` loads into the original class.
+    The transformed model is not changed and can train on. A compiled or DDP-wrapped model is unwrapped first. Outputs
+    equal those of the model in eval mode; `state_dict()` loads into the original class.
 
     Raises:
         NotTransformedError: the model is plain, or was folded already.
@@ -82,8 +82,8 @@ def export_onnx(
         verify: run the file in onnxruntime, at two batch sizes where the batch is dynamic, and compare with the model.
 
     Raises:
-        ExportError: the path cannot be written, the model does not accept the inputs or cannot be exported, a package is
-            missing, or onnxruntime does not agree with the model. No file is left then.
+        ExportError: the path cannot be written, the model does not accept the inputs or cannot be exported, a package
+            is missing, or onnxruntime does not agree with the model. No file is left then.
     """
     model = _unwrapped(model)
     transformed = next(sites_of(model), None) is not None
@@ -162,7 +162,7 @@ def _transformed(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _unwrapped(model: object) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile and DistributedDataParallel."""
     while True:
         if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):

@@ -16,20 +16,22 @@ class DecorrConfig:
     """How the decorrelating matrix R of a layer is shaped, and how it learns.
 
     Attributes:
-        rule: what a step of R does. `dbp`: decorrelated backpropagation (arXiv 2405.02385); `dbp-normalized`: its variant
-            with C divided by d - 1 and V doubled; `crgd`: demeaned rows and a norm-keeping gain (arXiv 2407.10780).
-        structure: shape of R over the d features of a row. `full`: d x d. `kronecker`: channels (x) kernel taps. `block`:
-            blocks of at most `max_dim` features. `auto`: full up to `max_dim` features; beyond that the Kronecker pair
-            for a convolution; and blocks of channels wherever a factor would still be larger than `max_dim`.
-        decor_lr: step size of R (eps), or a function from the number of R's steps so far to it. A step is shortened where
-            it would be unstable, so that a large value is safe.
+        rule: what a step of R does. `dbp`: decorrelated backpropagation (arXiv 2405.02385); `dbp-normalized`: its
+            variant with C divided by d - 1 and V doubled; `crgd`: demeaned rows and a norm-keeping gain (arXiv
+            2407.10780).
+        structure: shape of R over the d features of a row. `full`: d x d. `kronecker`: channels (x) kernel taps.
+            `block`: blocks of at most `max_dim` features. `auto`: full up to `max_dim` features; beyond that the
+            Kronecker pair for a convolution; and blocks of channels wherever a factor would still be larger than
+            `max_dim`.
+        decor_lr: step size of R (eps), or a function from the number of R's steps so far to it. A step is shortened
+            where it would be unstable, so that a large value is safe.
         kappa: weight of the variance error against the correlation, in [0, 1]. 0 decorrelates only, 1 normalises only.
             `crgd` has no such trade-off and ignores it.
         sample_fraction: part of the rows of each forward that is recorded, in (0, 1].
         max_samples: most rows a layer keeps between two steps of R; later rows then replace earlier ones.
-        update_every: R moves at every n-th step of the optimizer.
-        center: subtract the running mean of the rows in the forward, too. It is folded into the bias, so a layer without
-            one is run uncentred; `report` says so.
+        update_every: R moves at every n-th step of the optimizer, on the rows of that step.
+        center: subtract the running mean of the rows in the forward, too. It is folded into the bias, so a layer
+            without one is run uncentred; `report` says so.
         preserve_function: let W follow each step of R, so that the step leaves the network's function where it was.
         max_dim: largest side of a factor of R that `auto` and `block` choose.
 

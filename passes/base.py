@@ -1,8 +1,9 @@
 """What the passes share: one checked contract, copies of a model, and the layer whose forward is a graph.
 
-A module that calls a conv or a linear becomes a *graph layer*: the same object layout, parameter names and attributes, with
-its class replaced by a subclass whose forward runs one of two `torch.fx` graphs, picked by `.train()` and `.eval()`. All
-other modules keep their own forward, so that hooks, control flow and direct calls of submodules go on working.
+A module that calls a conv or a linear becomes a *graph layer*: the same object layout, parameter names and attributes,
+with its class replaced by a subclass whose forward runs one of two `torch.fx` graphs, picked by `.train()` and
+`.eval()`. All other modules keep their own forward, so that hooks, control flow and direct calls of submodules go on
+working.
 """
 
 import linecache
@@ -45,7 +46,9 @@ class Pass(ABC, Generic[Result]):
 
     def broken(self, place: str, problem: str) -> PassError:
         """Return the error for a promise that was not kept at `place`."""
-        return PassError(f"{type(self).__name__}, at {place!r}: {problem}; this is a bug in decorr_fx, please report it")
+        return PassError(
+            f"{type(self).__name__}, at {place!r}: {problem}; this is a bug in decorr_fx, please report it"
+        )
 
 
 def copy_model(model: nn.Module, shared: Iterable[object]) -> nn.Module:
@@ -91,7 +94,7 @@ class GraphLayer:
     graphs: ClassVar[Graphs]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *state = super().__reduce_ex__(protocol)
+        state: tuple[Any, ...] = tuple(super().__reduce_ex__(protocol))[2:]
         return (_new_graph_layer, (self.plain_class, self.graphs), *state)
 
 
@@ -103,7 +106,7 @@ def as_graph_layer(module: nn.Module, graphs: Graphs) -> None:
 def as_plain_layer(module: nn.Module) -> None:
     """Give a graph layer its own class back."""
     if isinstance(module, GraphLayer):
-        module.__class__ = module.plain_class
+        setattr(module, "__class__", module.plain_class)  # noqa: B010 - mypy knows the mixed class only
 
 
 def _graph_layer_class(plain_class: type[nn.Module], graphs: Graphs) -> type[nn.Module]:

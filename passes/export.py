@@ -1,4 +1,4 @@
-"""Export: a plain model becomes an ONNX file, which appears at its path only after onnxruntime agreed with the model."""
+"""Export: a plain model becomes an ONNX file, which appears at its path only after onnxruntime agreed with it."""
 
 import os
 import tempfile
@@ -26,8 +26,8 @@ class ExportReport:
     Attributes:
         path: where the file is.
         operators: how often each ONNX operator occurs.
-        max_error: largest difference between onnxruntime and the model, relative to the largest output; None if not verified.
-        provider: the onnxruntime provider that ran the file; None if not verified.
+        max_error: largest difference between onnxruntime and the model, relative to the largest output; None if not
+        verified. provider: the onnxruntime provider that ran the file; None if not verified.
         batch_sizes: the batch sizes that were compared.
     """
 
@@ -40,7 +40,7 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class ExportOnnx(Pass[ExportReport]):
-    """Export a plain model in eval mode with `torch.onnx.export(dynamo=True)`, check the file, and compare it in onnxruntime."""
+    """Export a plain model in eval mode with `torch.onnx.export(dynamo=True)`, and check the file in onnxruntime."""
 
     path: Path
     example_inputs: tuple[Any, ...]
@@ -53,7 +53,9 @@ class ExportOnnx(Pass[ExportReport]):
             raise ModelError("only a plain model in eval mode can be exported; fold it first")
         folder = self.path.parent
         if self.path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            problem = "is a directory" if self.path.is_dir() else "cannot be written: its folder is missing or read-only"
+            problem = (
+                "is a directory" if self.path.is_dir() else "cannot be written: its folder is missing or read-only"
+            )
             raise ExportError(f"{self.path} {problem}; give the path of a file in a folder that exists")
         self._require_onnx()
         if not _tensors(self.example_inputs):
@@ -104,8 +106,8 @@ class ExportOnnx(Pass[ExportReport]):
         errors = [self._error(model, session, size) for size in sizes]
         if not max(errors) <= TOLERANCE:
             raise ExportError(
-                f"onnxruntime disagrees with the model by {max(errors):.2g} of its largest output (allowed: {TOLERANCE:g}) "
-                f"at batch sizes {sizes}; no file was left at {self.path}"
+                f"onnxruntime disagrees with the model by {max(errors):.2g} of its largest output "
+                f"(allowed: {TOLERANCE:g}) at batch sizes {sizes}; no file was left at {self.path}"
             )
         return max(errors), session.get_providers()[0], sizes
 

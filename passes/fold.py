@@ -9,7 +9,7 @@ from decorr_fx.runtime.state import Site, sites_of
 
 
 class FoldDecorrelation(Pass[nn.Module]):
-    """Return a plain copy of a transformed model: the original classes, parameter names and shapes, with R folded in."""
+    """Return a plain copy of a transformed model: the original classes, names and shapes, with R folded in."""
 
     def requires(self, model: nn.Module) -> None:
         """The model is transformed."""

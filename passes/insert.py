@@ -1,4 +1,4 @@
-"""Insertion: put a `record` and a `decorrelate` node before every call of a site, and run the call on the folded weight."""
+"""Insertion: put a `record` and a `decorrelate` node before every call of a site, and call it on the folded weight."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,8 @@ from decorr_fx.runtime.state import Site, Slot, sites_of
 class InsertDecorrelation(Pass[nn.Module]):
     """Return a copy of the model that decorrelates at the sites of the plan.
 
-    The copy has modules of its own and shares all parameters and buffers; R is the identity, so that its outputs are those
-    of the model. Only the layers that call a site run a graph, all others keep their forward.
+    The copy has modules of its own and shares all parameters and buffers; R is the identity, so that its outputs are
+    those of the model. Only the layers that call a site run a graph, all others keep their forward.
     """
 
     plan: Plan

@@ -1,8 +1,8 @@
 """Matching: find every call of a conv or linear in traced graphs, and the parameter that its weight comes from.
 
 What is matched is the functional call. Its weight is followed back to the one parameter in the weight's own shape: the
-parameter itself, or the `v` of a weight norm, the raw weight of a standardised or spectral-normed convolution. R is applied
-to that parameter, so folding is exact whatever is computed from it. Matchers return data and change nothing.
+parameter itself, or the `v` of a weight norm, the raw weight of a standardised or spectral-normed convolution. R is
+applied to that parameter, so folding is exact whatever is computed from it. Matchers return data and change nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +40,8 @@ class Unmatched(Exception):  # noqa: N818 - not an error: the reason why a call 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a weight comes from: the parameter at `path`, read by `node` (its `get_attr`, or the call of a child module).
+    """Where a weight comes from: the parameter at `path`, read by `node` (its `get_attr`, or the call of a child
+    module).
 
     `inner` is the parameter's name inside that child module, and empty for a `get_attr`; `between` holds all nodes from
     `node` up to the weight.
@@ -66,7 +67,7 @@ class Call:
 
     @property
     def bias_path(self) -> str | None:
-        """Path of the bias if it and the weight are plain attributes, else None: there is nothing to fold a mean into."""
+        """Path of the bias if it and the weight are plain attributes, else None: no place to fold a mean into."""
         bias = self.arguments["bias"]
         direct = isinstance(bias, fx.Node) and bias.op == "get_attr" and not self.source.between
         return str(bias.target) if direct else None
@@ -223,4 +224,5 @@ def _keeps_features(compute: nn.Module, path: str, value: Tensor, layout: Layout
 def _distance_to_rows(rows: Tensor, base: Tensor) -> Tensor:
     """Return how far `rows` are from the lines along the same rows of `base`."""
     length = (rows * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    return (rows - length * base).norm()
+    distance: Tensor = (rows - length * base).norm()
+    return distance

@@ -1,7 +1,7 @@
 """Planning: which weights become sites and with which settings, and why the other layers do not.
 
-A site is one *parameter*, with all calls that use it: a layer called twice, or two layers with tied weights, share one R.
-A parameter that something else reads too cannot be folded, and is refused with the reason.
+A site is one *parameter*, with all calls that use it: a layer called twice, or two layers with tied weights, share one
+R. A parameter that something else reads too cannot be folded, and is refused with the reason.
 """
 
 import re
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import ConfigError, LayerError, ModelError
@@ -68,7 +69,9 @@ class Settings:
     def __post_init__(self) -> None:
         for pattern, override in self.overrides.items():
             if override is not None and not isinstance(override, DecorrConfig):
-                raise ConfigError(f"overrides[{pattern!r}] is {override!r}; use a DecorrConfig, or None for 'leave alone'")
+                raise ConfigError(
+                    f"overrides[{pattern!r}] is {override!r}; use a DecorrConfig, or None for 'leave alone'"
+                )
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -147,7 +150,9 @@ def _specify(fqn: str, uses: list[Use], config: DecorrConfig, centered: bool) ->
     first = uses[0].call
     for use in uses:
         if (use.call.layout, use.call.geometry) != (first.layout, first.geometry):
-            raise Unmatched(f"its weight is also used by {use.piece!r}, which reads it in another way ({use.call.kind})")
+            raise Unmatched(
+                f"its weight is also used by {use.piece!r}, which reads it in another way ({use.call.kind})"
+            )
     layout = choose_layout(first.layout, config.structure, config.max_dim)
     return SiteSpec(fqn, first.kind, layout, first.geometry, config, centered)
 
@@ -233,9 +238,11 @@ def check_model(model: object) -> nn.Module:
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ModelError(f"{fqn or 'the model'!r} is compiled; transform the plain model, then compile the result")
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            raise ModelError(f"{fqn or 'the model'!r} is wrapped in {type(module).__name__}; transform first, then wrap")
+            raise ModelError(
+                f"{fqn or 'the model'!r} is wrapped in {type(module).__name__}; transform first, then wrap"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{fqn or 'the model'!r} is a ScriptModule; transform the module it was scripted from")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
             raise LayerError(fqn, "is lazy and has no weight yet; run the model once on an example, then transform it")
     return model

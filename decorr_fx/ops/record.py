@@ -76,8 +76,17 @@ def record_linear(rows: Tensor, seen: Tensor, steps: Tensor, x: Tensor, fraction
 
 @torch.library.custom_op("decorr_fx::record_conv", mutates_args=("rows", "seen"))
 def record_conv(
-    rows: Tensor, seen: Tensor, steps: Tensor, x: Tensor, fraction: float, kernel: list[int], stride: list[int],
-    padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
+    rows: Tensor,
+    seen: Tensor,
+    steps: Tensor,
+    x: Tensor,
+    fraction: float,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
 ) -> None:
     """Record patches of the input of a convolution, padding zeros included.
 
@@ -110,7 +119,7 @@ def _store(rows: Tensor, seen: Tensor, picked: Tensor) -> None:
 
 
 def _gather_patches(x: Tensor, picked: Tensor, out_size: Sequence[int], geometry: ConvGeometry) -> Tensor:
-    """Return the patches `[n, C * taps]` of `x [N, C, *size]` at the picked positions, numbered as (image, *out_size)."""
+    """Return the patches `[n, C * taps]` of `x [N, C, *size]` at the positions numbered over (image, *out_size)."""
     image, *position = _unravel(picked, [len(x), *out_size])
     tap = _unravel(torch.arange(prod(geometry.kernel), device=x.device), geometry.kernel)
     inside = torch.ones((), dtype=torch.bool, device=x.device)
@@ -124,8 +133,10 @@ def _gather_patches(x: Tensor, picked: Tensor, out_size: Sequence[int], geometry
     return patches.where(inside[..., None], 0).transpose(1, 2).flatten(1)
 
 
-def _input_coordinate(position: Tensor, tap: Tensor, i: int, size: int, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """Return the input coordinate along dimension `i` that `tap` meets at the output `position`, and whether it exists."""
+def _input_coordinate(
+    position: Tensor, tap: Tensor, i: int, size: int, geometry: ConvGeometry
+) -> tuple[Tensor, Tensor]:
+    """Return the input coordinate in dimension `i` that `tap` meets at output `position`, and whether it exists."""
     stride, dilation, before = geometry.stride[i], geometry.dilation[i], geometry.padding[i][0]
     if geometry.transposed:
         scaled = position + before - tap * dilation

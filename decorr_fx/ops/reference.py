@@ -18,7 +18,7 @@ TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def patches(x: Tensor, weight_shape: Sequence[int], groups: int, transposed: bool, **arguments: Any) -> Tensor:
-    """Return the rows `[n, C * taps]` that a convolution of the given weight shape maps, ordered (image, *output position).
+    """Return the rows `[n, C * taps]` that a convolution maps, ordered (image, *output position).
 
     A convolution whose weight is the identity copies its patches to its output channels; `arguments` are the
     convolution's own (stride, padding, dilation, output_padding).
@@ -79,21 +79,24 @@ def variance_loss(z: Tensor) -> float:
     return float(torch.diag(measure(z).V).square().mean())
 
 
+def correlation_weight(rule: RuleName, kappa: float, d: int) -> float:
+    """Return the weight of C in G."""
+    return {"dbp": 1 - kappa, "dbp-normalized": (1 - kappa) / max(d - 1, 1), "crgd": 1.0}[rule]
+
+
 def gradient(z: Tensor, rule: RuleName, kappa: float) -> Tensor:
     """Return G, the direction against which R moves, for rows `z [n, d]`."""
     C, V, M = measure(z)
     if rule == "crgd":
         return M
-    if rule == "dbp-normalized":
-        return (1 - kappa) * C / max(len(M) - 1, 1) + 2 * kappa * V
-    return (1 - kappa) * C + kappa * V
+    return correlation_weight(rule, kappa, len(M)) * C + (2 if rule == "dbp-normalized" else 1) * kappa * V
 
 
 def transition(z: Tensor, rule: RuleName, decor_lr: float, kappa: float, gain: float) -> Tensor:
-    """Return T of the step `R <- T R`, for rows `z [n, d]`; eps is bounded so that `|eps G|_F <= STEP_BOUND`."""
-    G = gradient(z, rule, kappa)
-    norm = float(torch.linalg.matrix_norm(G))
-    eps = min(decor_lr, STEP_BOUND / norm) if norm > 0 else decor_lr
+    """Return T of the step `R <- T R`, for rows `z [n, d]`, with `eps * lambda_max(G)` bounded by `STEP_BOUND`."""
+    G, M = gradient(z, rule, kappa), measure(z).M
+    largest = float(correlation_weight(rule, kappa, len(M)) * torch.linalg.matrix_norm(M) + torch.diag(G).norm())
+    eps = min(decor_lr, STEP_BOUND / largest) if largest > 0 else decor_lr
     return gain * (torch.eye(len(G), dtype=z.dtype) - eps * G)
 
 
@@ -119,5 +122,5 @@ def step_factors(
 
 def retreat_rows(W: Tensor, transitions: Sequence[Tensor]) -> Tensor:
     """Return `W T^-1` for rows `W [o, d]`: with `R <- T R`, the product W R stands still."""
-    return W @ torch.linalg.inv(dense(transitions))
-
+    inverse: Tensor = torch.linalg.inv(dense(transitions))
+    return W @ inverse

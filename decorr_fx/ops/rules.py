@@ -2,13 +2,14 @@
 
 Every rule is a *transition*: a step of R is `R <- T R` with
 
-    T = gain * (I - eps * G),    G = scale * M + diag(shift),    M = mean over rows of z z^T,   z = R x
+    T = gain * (I - eps * G),    G = scale * C + diag(shift),    C = M - diag(M),    M = mean over rows of z z^T,    z = R x
 
 so a rule is a choice of (scale, shift, gain) and nothing else. T acts from the left, on the rows of R; each factor of R
 has a T of its own, from the rows of its own mode of z. Weights that follow the step, so that the function stands still,
 take `W <- W T^-1`.
 
-When there are fewer rows than features, M is never formed: `M R = z^T (z R) / n`, 6 n d^2 FLOP instead of 4 n d^2 + 2 d^3.
+When there are fewer rows than features, M is never formed: `M R = z^T (z R) / n` takes 6 n d^2 FLOP with the rows'
+own z, instead of 4 n d^2 + 2 d^3.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,21 +21,23 @@ from torch import Tensor
 from decorr_fx.config import RuleName
 from decorr_fx.ops.structure import mix, refold_mode, unfold_mode
 
-# The norm of eps * G is kept below this: T is then positive definite with a condition number of at most 3.
-# The Frobenius norm bounds lambda_max from above, so that no step can overshoot, however wrong eps is.
+# eps * lambda_max(G) is kept below this: T is then positive definite with a condition number of at most 3. lambda_max is
+# bounded from above, by scale * |M|_F + |shift|, so that no step can overshoot, however wrong eps is. It is M and not C
+# that bounds: a tiny C is the difference of large numbers, and a step that scales it up would scale up rounding errors.
 STEP_BOUND = 0.5
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Second moment M of `z [stacks, n, d]`, whose unused rows are zero, over `count` rows; dense only where cheaper.
+    """Second moment M of `z [stacks, n, d]`, whose unused rows are zero, over `count` rows.
 
-    `mean = z^T z / count [stacks, d, d]` or None; `variance [stacks, d]` its diagonal; `norm [stacks, 1]` its Frobenius norm.
+    `C [stacks, d, d]` is M without its diagonal, or None where there are fewer rows than features; `variance [stacks, d]` is
+    the diagonal, and `norm [stacks, 1]` the Frobenius norm of M.
     """
 
     z: Tensor
     count: Tensor
-    mean: Tensor | None
+    C: Tensor | None
     variance: Tensor
     norm: Tensor
 
@@ -44,17 +47,23 @@ class Moment:
         dense = z.shape[1] >= z.shape[2]
         product = (z.mT @ z if dense else z @ z.mT) / count  # the same singular values, the smaller side
         norm = product.flatten(1).norm(dim=1, keepdim=True)
-        return cls(z, count, product if dense else None, z.square().sum(1) / count, norm)
+        C = product - torch.diag_embed(product.diagonal(dim1=1, dim2=2)) if dense else None
+        return cls(z, count, C, z.square().sum(1) / count, norm)
 
-    def times(self, right: Tensor) -> Tensor:
-        """Return `M @ right`."""
-        return self.mean @ right if self.mean is not None else self.z.mT @ (self.z @ right) / self.count
+    def correlations_times(self, right: Tensor) -> Tensor:
+        """Return `C @ right`."""
+        if self.C is not None:
+            return self.C @ right
+        return self.z.mT @ (self.z @ right) / self.count - self.variance[..., None] * right
 
     def correlation(self) -> Tensor:
-        """Return the mean over pairs of units of `C^2`, with C = M - diag(M): a scalar."""
+        """Return the mean over pairs of units of `C^2`: a scalar."""
         d = self.variance.shape[1]
-        off_diagonal = self.norm.square() - self.variance.square().sum(1, keepdim=True)
-        return off_diagonal.clamp(min=0).mean() / max(d * (d - 1), 1)
+        if self.C is not None:
+            squared = self.C.square().sum((1, 2))
+        else:
+            squared = (self.norm.squeeze(1).square() - self.variance.square().sum(1)).clamp(min=0)
+        return squared.mean() / max(d * (d - 1), 1)
 
     def variance_error(self) -> Tensor:
         """Return the mean over units of `V^2`, with V = diag(M) - I: a scalar."""
@@ -63,7 +72,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Transition:
-    """`T = gain * (I - eps * (scale * M + diag(shift)))`, per stack: `shift [stacks, d]`, `eps` and `gain [stacks, 1, 1]`."""
+    """`T = gain * (I - eps * (scale * C + diag(shift)))`: `shift [stacks, d]`, `eps` and `gain [stacks, 1, 1]`."""
 
     moment: Moment
     scale: float
@@ -73,25 +82,26 @@ class Transition:
 
     def advance(self, factor: Tensor) -> Tensor:
         """Return `T @ factor`."""
-        change = self.scale * self.moment.times(factor) + self.shift[..., None] * factor
+        change = self.scale * self.moment.correlations_times(factor) + self.shift[..., None] * factor
         return self.gain * (factor - self.eps * change)
 
     def retreat(self, W: Tensor) -> Tensor:
         """Return `W @ T^-1` for rows `W [stacks, o, d]`."""
-        if self.moment.mean is None:
+        if self.moment.C is None:
             return self._retreat_by_rows(W)
         eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-        T = eye - self.eps * (self.scale * self.moment.mean + torch.diag_embed(self.shift))
-        solved, _ = torch.linalg.solve_ex(T, W.mT)  # solve_ex: no host sync; T is symmetric
+        T = eye - self.eps * (self.scale * self.moment.C + torch.diag_embed(self.shift))
+        solved: Tensor = torch.linalg.solve_ex(T, W.mT)[0]  # solve_ex: no host sync; T is symmetric
         return solved.mT / self.gain
 
     def _retreat_by_rows(self, W: Tensor) -> Tensor:
         """Return `W @ T^-1` through an n x n system (Woodbury), for fewer rows than features."""
         z, weight = self.moment.z, self.eps * self.scale / self.moment.count
-        shrink = 1 / (1 - self.eps.squeeze(-1) * self.shift)[:, None]
+        diagonal = self.shift - self.scale * self.moment.variance
+        shrink = 1 / (1 - self.eps.squeeze(-1) * diagonal)[:, None]
         scaled = z * shrink
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        inner, _ = torch.linalg.solve_ex(eye - weight * (z @ scaled.mT), scaled)
+        inner: Tensor = torch.linalg.solve_ex(eye - weight * (z @ scaled.mT), scaled)[0]
         start = W * shrink
         return (start + weight * (W @ scaled.mT) @ inner) / self.gain
 
@@ -128,7 +138,7 @@ def step_factors(
         x: rows `[stacks, n, *modes]`, demeaned where the rule asks for it; unused rows are zero.
         count: scalar, the number of rows in use.
         rule: name of the rule.
-        decor_lr: eps; shortened so that the norm of `eps * G` stays below `STEP_BOUND`.
+        decor_lr: eps; shortened so that `eps * lambda_max(G)` stays below `STEP_BOUND`.
         kappa: weight of the variance error.
     """
     z = mix(x, [factor.mT for factor in factors])
@@ -143,11 +153,9 @@ def step_factors(
 
 
 def _bounded(decor_lr: float, moment: Moment, scale: float, shift: Tensor) -> Tensor:
-    """Return eps `[stacks, 1, 1]`: `decor_lr`, or less where `eps * |G|_F` would exceed `STEP_BOUND`."""
-    cross = 2 * scale * (moment.variance * shift).sum(1, keepdim=True)
-    squared = (scale * moment.norm).square() + cross + shift.square().sum(1, keepdim=True)
-    norm = squared.clamp(min=0).sqrt()
-    return (STEP_BOUND / norm).clamp(max=decor_lr)[..., None]
+    """Return eps `[stacks, 1, 1]`: `decor_lr`, or less where `eps * lambda_max(G)` might exceed `STEP_BOUND`."""
+    largest = scale * moment.norm + shift.norm(dim=1, keepdim=True)
+    return (STEP_BOUND / largest).clamp(max=decor_lr)[..., None]
 
 
 def _norm_gain(x: Tensor, z: Tensor, factors: int) -> Tensor:
@@ -160,16 +168,15 @@ def _norm_gain(x: Tensor, z: Tensor, factors: int) -> Tensor:
 
 
 def _dbp(variance: Tensor, kappa: float) -> tuple[float, Tensor]:
-    return 1 - kappa, kappa * (variance - 1) - (1 - kappa) * variance
+    return 1 - kappa, kappa * (variance - 1)
 
 
 def _dbp_normalized(variance: Tensor, kappa: float) -> tuple[float, Tensor]:
-    scale = (1 - kappa) / max(variance.shape[1] - 1, 1)
-    return scale, 2 * kappa * (variance - 1) - scale * variance
+    return (1 - kappa) / max(variance.shape[1] - 1, 1), 2 * kappa * (variance - 1)
 
 
 def _crgd(variance: Tensor, kappa: float) -> tuple[float, Tensor]:
-    return 1.0, torch.zeros_like(variance)
+    return 1.0, variance
 
 
 RULES: dict[RuleName, Callable[[Tensor, float], tuple[float, Tensor]]] = {

@@ -24,7 +24,7 @@ class Attachment:
 
 def attach(model: nn.Module, skipped: tuple[SkippedRecord, ...]) -> None:
     """Make `model` the root of a transformed model."""
-    handle = model.register_load_state_dict_pre_hook(check_checkpoint)
+    handle = model.register_load_state_dict_pre_hook(check_checkpoint)  # type: ignore[no-untyped-call]
     vars(model)[_ATTRIBUTE] = Attachment(skipped, handle)
 
 
@@ -62,8 +62,7 @@ def _check_entry(fqn: str, key: str, own: Tensor, saved: object, found: set[str]
     if not isinstance(saved, Tensor):
         raise CheckpointError(f"layer {fqn!r}: the checkpoint has {sorted(found)} but not {key!r}; {advice}")
     if saved.shape != own.shape:
-        raise CheckpointError(
-            f"layer {fqn!r}: {key!r} has shape {list(saved.shape)} in the checkpoint and {list(own.shape)} in the model; {advice}"
-        )
+        shapes = f"shape {list(saved.shape)} in the checkpoint and {list(own.shape)} in the model"
+        raise CheckpointError(f"layer {fqn!r}: {key!r} has {shapes}; {advice}")
     if not saved.isfinite().all():
         raise CheckpointError(f"layer {fqn!r}: {key!r} holds NaN or infinity in the checkpoint; load an earlier one")

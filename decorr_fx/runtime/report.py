@@ -55,7 +55,7 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Every conv and linear of a model: the sites, and the skipped layers with their reasons. Printing it gives a table."""
+    """Every conv and linear of a model: sites, and skipped layers with their reasons. Printing it gives a table."""
 
     sites: tuple[SiteRecord, ...]
     skipped: tuple[SkippedRecord, ...]

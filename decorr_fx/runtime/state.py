@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 from weakref import WeakSet
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from decorr_fx.config import DecorrConfig
 from decorr_fx.ops.record import ConvGeometry, record_conv, record_linear
 from decorr_fx.ops.rules import Step, step_factors
-from decorr_fx.ops.structure import Layout, fold_weight, mix, stack_rows, stack_weight, unstack_weight
+from decorr_fx.ops.structure import Layout, fold_weight, stack_rows, stack_weight, unstack_weight
 
 MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
 
@@ -68,8 +67,8 @@ class Site(nn.Module):
     """The factors of R of one weight, and the buffer of rows for their next step.
 
     `record` and `decorrelate` are what the graph calls; `step` is called between an optimizer's step and the next
-    forward. Factors and counters are saved with the model; recorded rows are not. Factors and rows are float32 at least,
-    whatever the model is cast to.
+    forward. Factors and counters are saved with the model; recorded rows are not. Factors and rows are float32 at
+    least, whatever the model is cast to.
     """
 
     steps: Tensor
@@ -142,15 +141,15 @@ class Site(nn.Module):
     def step(self) -> None:
         """Move R by one step on the rows recorded since the last one, and forget them.
 
-        A step without rows does nothing. One whose rows or results are not finite is refused and counted. Nothing here
-        waits for the device.
+        A step without rows does nothing. One whose rows or results are not finite is refused and counted. With
+        `update_every` above 1 the steps between are without effect, and their rows are dropped: between two steps of the
+        optimizer there is then never a row that a checkpoint would have to hold. Nothing here waits for the device.
         """
         decor_lr = self.spec.config.lr_at(self.attempts // self.spec.config.update_every)
         self.attempts += 1
-        if self.attempts % self.spec.config.update_every:
-            return
-        with torch.no_grad(), _full_precision(self.rows.device):
-            self._move(decor_lr)
+        if self.attempts % self.spec.config.update_every == 0:
+            with torch.no_grad(), _full_precision(self.rows.device):
+                self._move(decor_lr)
         self.forget()
 
     def forget(self) -> None:
@@ -213,7 +212,7 @@ class Site(nn.Module):
         self.attempts = 0
 
     def get_extra_state(self) -> Tensor:
-        """Return the number of optimizer steps seen, for `state_dict`: a tensor, since some formats hold nothing else."""
+        """Return the number of optimizer steps seen, as a tensor: some checkpoint formats hold nothing else."""
         return torch.tensor(self.attempts)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -230,7 +229,7 @@ class Site(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Site":
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():  # a cast to half precision must not reach R or its statistics
             old = before[name]
             if buffer is not None and old is not None and buffer.dtype != (keep := _at_least_float32(buffer.dtype)):
@@ -238,7 +237,7 @@ class Site(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         LIVE_SITES.add(self)  # a deep copy, or an unpickled one
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ def follow_optimizers() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     step_sites(site for site in list(LIVE_SITES) if id(site.weight_slot.get()) in owned)

@@ -1,0 +1,219 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import MODELS, Functional, small_cnn
+from torch import Tensor, nn
+
+import decorr_fx
+from decorr_fx import ConfigError, DecorrConfig, LayerError, ModelError
+from decorr_fx.runtime.state import sites_of
+
+
+def reasons(model: nn.Module, **arguments: object) -> dict[str, str]:
+    return {record.fqn: record.reason for record in decorr_fx.report(model, **arguments).skipped}
+
+
+def with_a_site(module: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"it": module, "site": nn.Linear(2, 2)})
+
+
+def test_the_report_is_the_plan_before_and_the_fact_after() -> None:
+    plain = small_cnn()
+    arguments = {"config": DecorrConfig(structure="kronecker"), "overrides": {"8": None}}
+    plan = decorr_fx.report(plain, **arguments)
+    fact = decorr_fx.report(decorr_fx.transform(plain, **arguments))
+    assert plan == fact
+    first = plan.sites[0]
+    assert (first.fqn, first.kind, first.d, first.groups, first.structure) == ("0", "conv2d", 27, 1, "kronecker")
+    assert first.bytes == 4 * (3 * 3 + 9 * 9)
+    assert plan.sites[1].groups == 8
+    table = str(plan)
+    assert "conv2d" in table
+    assert "left alone by overrides['8']" in table
+    assert str(decorr_fx.report(nn.Linear(2, 2))).count("(root)") == 1
+
+
+def test_filter_and_overrides_choose_layers_and_settings() -> None:
+    seen = []
+
+    def no_linear(module: nn.Module, fqn: str) -> bool:
+        seen.append((type(module), fqn))
+        return not isinstance(module, nn.Linear)
+
+    model = decorr_fx.transform(
+        small_cnn(), filter_fn=no_linear, overrides={"3": DecorrConfig(kappa=0.1), "[0-9]": DecorrConfig(kappa=0.2)}
+    )
+    assert (nn.Linear, "8") in seen
+    assert {s.spec.fqn: s.spec.config.kappa for s in sites_of(model)} == {"0": 0.2, "3": 0.1, "4": 0.2}
+    assert {r.fqn: r.reason for r in decorr_fx.report(model).skipped} == {"8": "left alone by filter_fn"}
+
+
+def test_shared_and_tied_layers_have_one_R_over_the_rows_of_all_calls() -> None:
+    for name in ("shared", "tied"):
+        model = decorr_fx.transform(MODELS[name].make())
+        (site,) = set(sites_of(model))
+        model(torch.randn(7, 6))
+        assert site.seen == 14
+
+
+def test_a_weight_that_is_also_an_embedding_is_refused_with_the_reason() -> None:
+    class TiedEmbedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(9, 4)
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inner(self.embedding(x)))
+
+    assert reasons(TiedEmbedding()) == {"head": "its weight is shared with 'embedding' (Embedding)"}
+
+
+def test_weights_that_are_read_in_two_ways_are_refused() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.other = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(F.linear(x, self.weight)) + self.weight.square().sum()
+
+    class TwoShapes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.transposed = nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)
+            self.transposed.weight = self.conv.weight
+            self.other = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.transposed(self.conv(x)))
+
+    assert "also read by" in reasons(Penalised())[""]
+    assert "in another way (conv_transpose1d)" in reasons(TwoShapes())["conv"]
+
+
+def test_weights_with_their_features_elsewhere_are_refused() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.t() * 2)
+
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make = nn.Linear(6, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.make(x.mean(0)).reshape(2, 6))
+
+    assert "with the features in other places" in reasons(with_a_site(Transposed()))["it"]
+    assert "depends on the input" in reasons(Hyper())[""]
+
+
+def test_hidden_linears_are_listed_with_the_reason() -> None:
+    found = reasons(with_a_site(nn.TransformerEncoderLayer(8, 2, 16)))
+    assert set(found) == {"it", "it.self_attn", "it.self_attn.out_proj", "it.linear1", "it.linear2"}
+    assert "TransformerEncoderLayer runs as one fused kernel" in found["it.linear1"]
+    for module in (nn.MultiheadAttention(8, 2), nn.LSTM(4, 4), nn.GRUCell(4, 4), nn.Bilinear(3, 3, 2)):
+        assert "fused kernel" in reasons(with_a_site(module))["it"]
+
+
+def test_what_cannot_be_traced_is_listed_with_the_reason() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight) if x.sum() > 0 else x
+
+    assert reasons(with_a_site(Branching()))["it"].startswith("its forward cannot be traced: TraceError")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_weights_that_a_hook_sets_are_refused_with_the_way_out() -> None:
+    module = torch.nn.utils.weight_norm(nn.Linear(4, 4))
+    assert "parametrizations.weight_norm" in reasons(with_a_site(module))["it"]
+
+
+def test_a_frozen_layer_does_not_move() -> None:
+    model = decorr_fx.transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(9, 4)).sum().backward()
+    optimizer.step()
+    assert [s.steps for s in decorr_fx.stats(model)] == [0, 1]
+
+
+class TestErrors:
+    def test_what_is_not_a_module(self) -> None:
+        for wrong in (None, "resnet18", torch.randn(3)):
+            with pytest.raises(ModelError, match=r"expected a torch.nn.Module"):
+                decorr_fx.transform(wrong)
+
+    def test_a_model_without_layers(self) -> None:
+        with pytest.raises(ModelError, match="no conv or linear"):
+            decorr_fx.transform(nn.ReLU())
+        with pytest.raises(ModelError, match="no conv or linear.*left alone by filter_fn"):
+            decorr_fx.transform(nn.Linear(2, 2), filter_fn=lambda module, fqn: False)
+
+    def test_a_model_transformed_twice(self) -> None:
+        with pytest.raises(ModelError, match="transformed already"):
+            decorr_fx.transform(decorr_fx.transform(nn.Linear(2, 2)))
+
+    def test_compiled_wrapped_and_scripted_models(self) -> None:
+        with pytest.raises(ModelError, match="is compiled; transform the plain model"):
+            decorr_fx.transform(torch.compile(nn.Linear(2, 2)))
+        in_place = nn.Linear(2, 2)
+        in_place.compile()
+        with pytest.raises(ModelError, match="is compiled"):
+            decorr_fx.transform(in_place)
+        with pytest.raises(ModelError, match="wrapped in DataParallel"):
+            decorr_fx.transform(nn.DataParallel(nn.Linear(2, 2)))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+    def test_a_scripted_model(self) -> None:
+        with pytest.raises(ModelError, match="ScriptModule"):
+            decorr_fx.transform(torch.jit.script(nn.Linear(2, 2)))
+
+    def test_a_lazy_layer(self) -> None:
+        with pytest.raises(LayerError, match=r"layer '1': is lazy.*run the model once"):
+            decorr_fx.transform(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+    def test_weights_that_are_not_real(self, dtype: torch.dtype) -> None:
+        layer = nn.Linear(2, 2)
+        layer.weight = nn.Parameter(torch.zeros(2, 2, dtype=dtype), requires_grad=dtype.is_complex)
+        model = nn.Sequential(layer, nn.Linear(2, 2))
+        with pytest.raises(LayerError, match=rf"layer '0': its weight is {str(dtype)[6:]}.*overrides=\{{'0': None\}}"):
+            decorr_fx.transform(model)
+        assert len(decorr_fx.report(model, overrides={"0": None}).sites) == 1
+
+    def test_overrides_that_name_nothing_or_are_wrong(self) -> None:
+        with pytest.raises(ConfigError, match="'fc' matches no layer.*'0', '3'|'fc' matches no layer.*0, 3, 4, 8"):
+            decorr_fx.transform(small_cnn(), overrides={"fc": None})
+        with pytest.raises(ConfigError, match="not a regular expression"):
+            decorr_fx.transform(small_cnn(), overrides={"(": None})
+        with pytest.raises(ConfigError, match="use a DecorrConfig or None"):
+            decorr_fx.transform(small_cnn(), overrides={"0": False})
+        with pytest.raises(ConfigError, match="config is 3"):
+            decorr_fx.transform(small_cnn(), 3)
+
+    def test_an_error_leaves_the_model_as_it_was(self) -> None:
+        model = Functional()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ConfigError):
+            decorr_fx.transform(model, overrides={"nothing": None})
+        assert type(model) is Functional
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_a_report_with_settings_on_a_transformed_model(self) -> None:
+        with pytest.raises(ConfigError, match="transformed already"):
+            decorr_fx.report(decorr_fx.transform(nn.Linear(2, 2)), DecorrConfig())
