@@ -56,9 +56,7 @@ class DecorrConfig:
         if not callable(self.decor_lr):
             self._between("decor_lr", 0.0, math.inf)
         self._between("kappa", 0.0, 1.0)
-        self._between("sample_fraction", 0.0, 1.0)
-        if self.sample_fraction == 0:
-            raise ConfigError("sample_fraction is 0: no row would ever be recorded; use a value in (0, 1]")
+        self._between("sample_fraction", math.ulp(0.0), 1.0)  # above 0: no row would ever be recorded
         for name in ("max_samples", "update_every", "max_dim"):
             self._positive_int(name)
         for name in ("center", "preserve_function"):
@@ -81,7 +79,7 @@ class DecorrConfig:
     def _between(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         if not _is_number(value) or not low <= value <= high or math.isinf(value):
-            limit = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"that is finite and >= {low:g}"
+            limit = f"between {low:g} and {high:g}" if math.isfinite(high) else f"that is finite and >= {low:g}"
             raise ConfigError(f"{name} is {value!r}; use a number {limit}")
 
     def _positive_int(self, name: str) -> None:

@@ -24,6 +24,8 @@ def draw_curves(path: Path, histories: Mapping[str, Sequence[Evaluation]], title
             _draw_history(axes[0, column], axes[1, column], x, method, history)
         axes[1, column].set_xlabel({"step": "training steps", "seconds": "seconds of training"}[x])
     _finish(axes)
+    accuracies = [100 * e.val_accuracy for history in histories.values() for e in history]
+    axes[1, 0].set_ylim(bottom=np.quantile(accuracies, 0.1) - 1)  # the end, where they differ, rather than the start
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 

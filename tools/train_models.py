@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from difflib import get_close_matches
-from math import gcd
+from math import gcd, prod
 
 import torch
 import torchvision
@@ -54,22 +54,30 @@ def logits_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def cnn(shape: Shape, classes: int, batch_norm: bool) -> nn.Module:
     """Four 3x3 convolutions, two of them of stride 2, the mean over space, and a linear: 66,000 parameters."""
-    widths, layers = [shape[0], 32, 32, 64, 64], list[nn.Module]()
-    for i, width in enumerate(widths[1:]):
-        layers += [nn.Conv2d(widths[i], width, 3, stride=1 + i % 2, padding=1)]
-        layers += [nn.BatchNorm2d(width)] if batch_norm else []
-        layers += [nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
+    model = nn.Sequential()
+    before = shape[0]
+    for i, width in enumerate((32, 32, 64, 64), start=1):
+        model.add_module(f"conv{i}", nn.Conv2d(before, width, 3, stride=2 - i % 2, padding=1))
+        model.add_module(f"norm{i}", nn.BatchNorm2d(width) if batch_norm else nn.Identity())
+        model.add_module(f"relu{i}", nn.ReLU())
+        before = width
+    model.add_module("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    model.add_module("head", nn.Linear(before, classes))
+    return model
 
 
 def mlp(shape: Shape, classes: int, batch_norm: bool) -> nn.Module:
     """Three hidden layers of 256 units."""
-    widths, layers = [shape[0] * shape[1] * shape[2], 256, 256, 256], list[nn.Module]()
-    for i, width in enumerate(widths[1:]):
-        layers += [nn.Linear(widths[i], width)]
-        layers += [nn.BatchNorm1d(width)] if batch_norm else []
-        layers += [nn.ReLU()]
-    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
+    model = nn.Sequential()
+    model.add_module("flatten", nn.Flatten())
+    before = prod(shape)
+    for i in (1, 2, 3):
+        model.add_module(f"hidden{i}", nn.Linear(before, 256))
+        model.add_module(f"norm{i}", nn.BatchNorm1d(256) if batch_norm else nn.Identity())
+        model.add_module(f"relu{i}", nn.ReLU())
+        before = 256
+    model.add_module("head", nn.Linear(before, classes))
+    return model
 
 
 class Attention(nn.Module):

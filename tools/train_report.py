@@ -71,9 +71,9 @@ def result_of(contender: Contender, others: Sequence[Contender], test: Score | N
 def results_table(results: Sequence[Mapping[str, Any]], settings: Settings) -> Table:
     """Return the table of what every method has reached."""
     caption = (
-        f"Same initial weights, same batches, {settings.optimizer} from lr {settings.lr:g} linearly to 0 for every method. "
-        "Time is that of training steps alone. The other's best is its highest validation accuracy, and counts from the "
-        "first evaluation that reaches it. The test set was used once, at the end."
+        f"Same initial weights, same batches, {settings.optimizer} from lr {settings.lr:g} linearly to 0 for each method. "
+        "Time is that of training steps alone. The other's best is its highest validation accuracy, reached where an "
+        "evaluation first shows it. The test set was used once, at the end."
     )
     table = Table(title=f"{settings.model} on {settings.data}", caption=caption, box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)

@@ -197,11 +197,11 @@ class TestErrors:
         assert len(decorr_fx.report(model, overrides={"0": None}).sites) == 1
 
     def test_overrides_that_name_nothing_or_are_wrong(self) -> None:
-        with pytest.raises(ConfigError, match="'fc' matches no layer.*'0', '3'|'fc' matches no layer.*0, 3, 4, 8"):
+        with pytest.raises(ConfigError, match="'fc' matches no layer.*0, 3, 4, 8"):
             decorr_fx.transform(small_cnn(), overrides={"fc": None})
         with pytest.raises(ConfigError, match="not a regular expression"):
             decorr_fx.transform(small_cnn(), overrides={"(": None})
-        with pytest.raises(ConfigError, match="use a DecorrConfig or None"):
+        with pytest.raises(ConfigError, match="use a DecorrConfig, or None"):
             decorr_fx.transform(small_cnn(), overrides={"0": False})
         with pytest.raises(ConfigError, match="config is 3"):
             decorr_fx.transform(small_cnn(), 3)

@@ -1,0 +1,178 @@
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import decorr_fx
+from decorr_fx import CheckpointError, ConfigError, DecorrConfig, NotTransformedError
+from decorr_fx.runtime.state import LIVE_SITES, sites_of
+
+
+def two_layers(**config: object) -> nn.Module:
+    return decorr_fx.transform(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), DecorrConfig(**config))
+
+
+def one_step(model: nn.Module, x: torch.Tensor, lr: float = 0.0) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_rows_that_are_not_finite_are_refused_and_counted(value: float) -> None:
+    model = two_layers()
+    x = torch.randn(9, 5)
+    x[3, 2] = value
+    before = everything(model)
+    model(x)
+    decorr_fx.step(model)
+    stats = decorr_fx.stats(model)
+    assert (stats[0].steps, stats[0].refused) == (0, 1)
+    for key in ("0.weight", "0.weight_decorr.R"):
+        assert torch.equal(model.state_dict()[key], before[key])
+    one_step(model, torch.randn(9, 5))
+    assert (decorr_fx.stats(model)[0].steps, decorr_fx.stats(model)[0].refused) == (1, 1)
+
+
+def test_no_row_no_step() -> None:
+    model = two_layers()
+    decorr_fx.step(model)
+    assert [(s.steps, s.refused) for s in decorr_fx.stats(model)] == [(0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("rule", ["dbp", "dbp-normalized", "crgd"])
+@pytest.mark.parametrize("x", [torch.zeros(6, 5), torch.ones(6, 5), torch.full((1, 5), 1e4), 1e-20 * torch.ones(6, 5)])
+def test_degenerate_rows_leave_R_finite(rule: str, x: torch.Tensor) -> None:
+    model = two_layers(rule=rule, decor_lr=1e6)
+    for _ in range(50):
+        one_step(model, x)
+    assert all(f.isfinite().all() for site in sites_of(model) for f in site.factors)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_update_every_moves_R_at_every_third_step() -> None:
+    model = two_layers(update_every=3)
+    x = torch.randn(9, 5)
+    taken = []
+    for _ in range(7):
+        one_step(model, x)
+        taken.append(decorr_fx.stats(model)[0].steps)
+    assert taken == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_decor_lr_may_depend_on_the_step() -> None:
+    asked: list[int] = []
+
+    def schedule(step: int) -> float:
+        asked.append(step)
+        return 0.1 if step == 1 else 0.0
+
+    model = two_layers(decor_lr=schedule, update_every=2)
+    x = torch.randn(9, 5)
+    eye = torch.eye(5)
+    still = []
+    for _ in range(6):
+        one_step(model, x)
+        still.append(torch.equal(model[0].weight_decorr.R[0], eye))
+    assert still == [True, True, True, False, False, False]
+    assert sorted(set(asked)) == [0, 1, 2]
+
+
+def test_a_schedule_that_returns_nonsense_is_an_error() -> None:
+    model = two_layers(decor_lr=lambda step: -1.0)
+    with pytest.raises(ConfigError, match=r"decor_lr\(0\) returned -1.0"):
+        one_step(model, torch.randn(9, 5))
+
+
+def test_paused_keeps_R_and_drops_the_rows() -> None:
+    model = two_layers()
+    before = everything(model)
+    with decorr_fx.paused(model):
+        one_step(model, torch.randn(9, 5))
+        decorr_fx.step(model)
+    decorr_fx.step(model)
+    for key in ("0.weight", "0.weight_decorr.R", "2.weight_decorr.R", "2.weight_decorr.steps"):
+        assert torch.equal(model.state_dict()[key], before[key])
+    one_step(model, torch.randn(9, 5))
+    assert decorr_fx.stats(model)[0].steps == 1
+    with pytest.raises(RuntimeError, match="inside"), decorr_fx.paused(model):
+        raise RuntimeError("inside")
+    assert not any(site.paused for site in sites_of(model))
+
+
+def test_stats_tell_how_correlated_the_rows_are() -> None:
+    model = two_layers(decor_lr=0.2)
+    x = torch.randn(400, 5) @ torch.randn(5, 5)
+    one_step(model, x)
+    first = decorr_fx.stats(model)[0]
+    for _ in range(300):
+        one_step(model, x)
+    last = decorr_fx.stats(model)[0]
+    assert last.fqn == "0"
+    assert last.correlation < 0.01 * first.correlation
+    assert last.variance_error < 0.01 * first.variance_error
+    assert "variance error" in str(decorr_fx.stats(model))
+
+
+def test_half_precision_autocast_keeps_statistics_in_float32() -> None:
+    model = two_layers()
+    x = torch.randn(9, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+        out.float().square().sum().backward()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.step()
+    assert out.dtype is torch.bfloat16
+    expected = two_layers()
+    assert model[0].weight_decorr.R.dtype is expected[0].weight_decorr.R.dtype is torch.float32
+    assert torch.equal(model[0].weight_decorr.rows[:9].sort(0).values, x.sort(0).values)
+
+
+def test_the_step_builds_no_autograd_graph_and_models_are_collected() -> None:
+    model = two_layers()
+    one_step(model, torch.randn(9, 5))
+    assert not any(f.requires_grad for site in sites_of(model) for f in site.factors)
+    gc.collect()
+    before, gone = len(LIVE_SITES), weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert len(LIVE_SITES) == before - 2
+
+
+class TestCheckpointErrors:
+    def refused(self, model: nn.Module, checkpoint: dict[str, torch.Tensor], match: str) -> None:
+        before = everything(model)
+        with pytest.raises(CheckpointError, match=match):
+            model.load_state_dict(checkpoint)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_R_of_another_shape(self) -> None:
+        other = two_layers(structure="block", max_dim=1)
+        self.refused(two_layers(), other.state_dict(), r"layer '0': .*has shape \[5, 1, 1\].*and \[1, 5, 5\]")
+
+    def test_R_of_another_structure(self) -> None:
+        conv = nn.Sequential(nn.Conv1d(4, 4, 3))
+        pair = decorr_fx.transform(conv, DecorrConfig(structure="kronecker")).state_dict()
+        self.refused(decorr_fx.transform(conv), pair, "but not '0.weight_decorr.R'; transform the model with the config")
+
+    def test_R_that_is_not_finite(self) -> None:
+        checkpoint = everything(two_layers())
+        checkpoint["2.weight_decorr.R"][0, 0, 0] = float("nan")
+        checkpoint["0.weight"] += 1
+        self.refused(two_layers(), checkpoint, "layer '2'.*NaN or infinity")
+
+
+@pytest.mark.parametrize("verb", [decorr_fx.fold, decorr_fx.stats, decorr_fx.step, decorr_fx.paused])
+def test_verbs_that_need_a_transformed_model_say_so(verb: object) -> None:
+    folded = decorr_fx.fold(two_layers())
+    for plain in (nn.Linear(2, 2), folded):
+        with pytest.raises(NotTransformedError):
+            verb(plain)
