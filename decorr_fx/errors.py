@@ -29,6 +29,10 @@ class CheckpointError(DecorrError, ValueError):
     """A checkpoint does not fit the transformed model; the model was left as it was."""
 
 
+class DistributedError(DecorrError, RuntimeError):
+    """R would move differently on each of several ranks."""
+
+
 class PassError(DecorrError, RuntimeError):
     """A pass broke its own contract: a bug in decorr_fx, with the pass and the place named."""
 

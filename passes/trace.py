@@ -4,6 +4,7 @@ Each module is traced on its own with its children as leaves. So whatever cannot
 module does in Python around its layers stays Python.
 """
 
+import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -62,10 +63,28 @@ def _inside_opaque(model: nn.Module) -> dict[str, str]:
 
 
 def _trace(module: nn.Module, training: bool) -> fx.Graph:
+    if "forward" in vars(module):
+        raise fx.proxy.TraceError("its forward was replaced on the instance")
     module.train(training)
     if isinstance(module, _ConvTransposeNd):
         module = _with_traceable_output_padding(module)
-    return _LayerTracer().trace(module)
+    graph = _LayerTracer().trace(module)
+    _check_optional_arguments(module, graph)
+    return graph
+
+
+def _check_optional_arguments(module: nn.Module, graph: fx.Graph) -> None:
+    """Raise where the forward takes another way when an optional argument is missing: a proxy is never None."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    missing = {p.name: None for p in parameters if p.default is None}
+    if missing and _operations(_LayerTracer().trace(module, concrete_args=missing)) != _operations(graph):
+        raise fx.proxy.TraceError(f"it depends on whether {', '.join(missing)} is given")
+
+
+def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
+    """Return what the graph does, without its inputs and without the checks on them that tracing adds."""
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output") and "assert" not in n.name]
+    return [(n.op, n.target) for n in nodes]
 
 
 class _LayerTracer(fx.Tracer):

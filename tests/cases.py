@@ -33,7 +33,9 @@ class LayerCase:
 def linear_cases(draw: st.DrawFn) -> LayerCase:
     leading = draw(st.lists(st.integers(1, 4), min_size=0, max_size=3))
     d_in, d_out = draw(st.integers(1, 7)), draw(st.integers(1, 5))
-    return LayerCase(nn.Linear, {"in_features": d_in, "out_features": d_out, "bias": draw(st.booleans())}, (*leading, d_in))
+    return LayerCase(
+        nn.Linear, {"in_features": d_in, "out_features": d_out, "bias": draw(st.booleans())}, (*leading, d_in)
+    )
 
 
 @st.composite

@@ -2,7 +2,8 @@
 
 Every rule is a *transition*: a step of R is `R <- T R` with
 
-    T = gain * (I - eps * G),    G = scale * C + diag(shift),    C = M - diag(M),    M = mean over rows of z z^T,    z = R x
+    T = gain * (I - eps * G),    G = scale * C + diag(shift)
+    C = M - diag(M),    M = mean over rows of z z^T,    z = R x
 
 so a rule is a choice of (scale, shift, gain) and nothing else. T acts from the left, on the rows of R; each factor of R
 has a T of its own, from the rows of its own mode of z. Weights that follow the step, so that the function stands still,
@@ -21,9 +22,10 @@ from torch import Tensor
 from decorr_fx.config import RuleName
 from decorr_fx.ops.structure import mix, refold_mode, unfold_mode
 
-# eps * lambda_max(G) is kept below this: T is then positive definite with a condition number of at most 3. lambda_max is
-# bounded from above, by scale * |M|_F + |shift|, so that no step can overshoot, however wrong eps is. It is M and not C
-# that bounds: a tiny C is the difference of large numbers, and a step that scales it up would scale up rounding errors.
+# eps * lambda_max(G) is kept below this: T is then positive definite with a condition number of at most 3. lambda_max
+# is bounded from above, by scale * |M|_F + |shift|, so that no step can overshoot, however wrong eps is. It is M and
+# not C that bounds: a tiny C is a difference of large numbers, and a step that scales it up would scale up their
+# rounding errors.
 STEP_BOUND = 0.5
 
 
@@ -31,8 +33,8 @@ STEP_BOUND = 0.5
 class Moment:
     """Second moment M of `z [stacks, n, d]`, whose unused rows are zero, over `count` rows.
 
-    `C [stacks, d, d]` is M without its diagonal, or None where there are fewer rows than features; `variance [stacks, d]` is
-    the diagonal, and `norm [stacks, 1]` the Frobenius norm of M.
+    `C [stacks, d, d]` is M without its diagonal, or None where there are fewer rows than features;
+    `variance [stacks, d]` is the diagonal, and `norm [stacks, 1]` the Frobenius norm of M.
     """
 
     z: Tensor
@@ -155,7 +157,8 @@ def step_factors(
 def _bounded(decor_lr: float, moment: Moment, scale: float, shift: Tensor) -> Tensor:
     """Return eps `[stacks, 1, 1]`: `decor_lr`, or less where `eps * lambda_max(G)` might exceed `STEP_BOUND`."""
     largest = scale * moment.norm + shift.norm(dim=1, keepdim=True)
-    return (STEP_BOUND / largest).clamp(max=decor_lr)[..., None]
+    eps: Tensor = STEP_BOUND / largest
+    return eps.clamp(max=decor_lr)[..., None]
 
 
 def _norm_gain(x: Tensor, z: Tensor, factors: int) -> Tensor:

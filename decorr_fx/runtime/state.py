@@ -142,7 +142,7 @@ class Site(nn.Module):
         """Move R by one step on the rows recorded since the last one, and forget them.
 
         A step without rows does nothing. One whose rows or results are not finite is refused and counted. With
-        `update_every` above 1 the steps between are without effect, and their rows are dropped: between two steps of the
+        `update_every` above 1 the steps between are without effect, and their rows are dropped: after a step of the
         optimizer there is then never a row that a checkpoint would have to hold. Nothing here waits for the device.
         """
         decor_lr = self.spec.config.lr_at(self.attempts // self.spec.config.update_every)

@@ -10,10 +10,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from decorr_fx.errors import DistributedError
 from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
 
 
@@ -30,10 +32,23 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def step_sites(sites: Iterator[Site]) -> None:
-    """Step the given sites, except those that are paused or whose weight is frozen."""
+    """Step the given sites, except those that are paused or whose weight is frozen.
+
+    Raises:
+        DistributedError: there are several ranks, each of which would move R by its own rows.
+    """
     for site in sites:
         if not site.paused and site.weight_slot.get().requires_grad:
+            _check_one_rank(site)
             site.step()
+
+
+def _check_one_rank(site: Site) -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise DistributedError(
+            f"layer {site.spec.fqn!r}: {dist.get_world_size()} ranks train together, and R would move differently on each; "
+            "train on one rank, or keep R still with decorr_fx.paused(model)"
+        )
 
 
 @contextmanager

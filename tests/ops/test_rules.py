@@ -49,9 +49,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 @given(sites(), rules, step_sizes, kappas)
 @settings(max_examples=300)
-def test_float32_steps_agree_with_the_float64_reference(
-    drawn: Drawn, rule: RuleName, lr: float, kappa: float
-) -> None:
+def test_float32_steps_agree_with_the_float64_reference(drawn: Drawn, rule: RuleName, lr: float, kappa: float) -> None:
     step = fast(drawn, torch.float32, rule, lr, kappa)
     for stack in range(len(drawn[1])):
         factors, _ = expected_of_stack(drawn, stack, rule, lr, kappa)

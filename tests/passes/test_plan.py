@@ -137,6 +137,25 @@ def test_what_cannot_be_traced_is_listed_with_the_reason() -> None:
     assert reasons(with_a_site(Branching()))["it"].startswith("its forward cannot be traced: TraceError")
 
 
+def test_a_forward_that_asks_whether_an_argument_is_given_is_left_alone() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            out = F.linear(x, self.weight)
+            return out if mask is None else out * mask
+
+    assert "it depends on whether mask is given" in reasons(with_a_site(Masked()))["it"]
+
+
+def test_a_forward_that_was_replaced_on_the_instance_is_left_alone() -> None:
+    model = with_a_site(nn.Linear(4, 4))
+    model["it"].forward = lambda x: x
+    assert "replaced on the instance" in reasons(model)["it"]
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 def test_weights_that_a_hook_sets_are_refused_with_the_way_out() -> None:
     module = torch.nn.utils.weight_norm(nn.Linear(4, 4))
@@ -161,7 +180,7 @@ class TestErrors:
     def test_a_model_without_layers(self) -> None:
         with pytest.raises(ModelError, match="no conv or linear"):
             decorr_fx.transform(nn.ReLU())
-        with pytest.raises(ModelError, match="no conv or linear.*left alone by filter_fn"):
+        with pytest.raises(ModelError, match=r"no conv or linear.*left alone by filter_fn"):
             decorr_fx.transform(nn.Linear(2, 2), filter_fn=lambda module, fqn: False)
 
     def test_a_model_transformed_twice(self) -> None:
@@ -197,7 +216,7 @@ class TestErrors:
         assert len(decorr_fx.report(model, overrides={"0": None}).sites) == 1
 
     def test_overrides_that_name_nothing_or_are_wrong(self) -> None:
-        with pytest.raises(ConfigError, match="'fc' matches no layer.*0, 3, 4, 8"):
+        with pytest.raises(ConfigError, match=r"'fc' matches no layer.*0, 3, 4, 8"):
             decorr_fx.transform(small_cnn(), overrides={"fc": None})
         with pytest.raises(ConfigError, match="not a regular expression"):
             decorr_fx.transform(small_cnn(), overrides={"(": None})

@@ -161,7 +161,9 @@ class TestCheckpointErrors:
     def test_R_of_another_structure(self) -> None:
         conv = nn.Sequential(nn.Conv1d(4, 4, 3))
         pair = decorr_fx.transform(conv, DecorrConfig(structure="kronecker")).state_dict()
-        self.refused(decorr_fx.transform(conv), pair, "but not '0.weight_decorr.R'; transform the model with the config")
+        self.refused(
+            decorr_fx.transform(conv), pair, "but not '0.weight_decorr.R'; transform the model with the config"
+        )
 
     def test_R_that_is_not_finite(self) -> None:
         checkpoint = everything(two_layers())
@@ -176,3 +178,14 @@ def test_verbs_that_need_a_transformed_model_say_so(verb: object) -> None:
     for plain in (nn.Linear(2, 2), folded):
         with pytest.raises(NotTransformedError):
             verb(plain)
+
+
+def test_the_gradient_of_the_decorrelated_weight_and_of_the_shifted_bias() -> None:
+    layer = decorr_fx.transform(nn.Conv1d(4, 4, 3, groups=2).double(), DecorrConfig(center=True, structure="kronecker"))
+    site = layer.weight_decorr
+    with torch.no_grad():
+        for buffer in (*site.factors, site.mean):
+            buffer += 0.3 * torch.randn_like(buffer)
+    W, b = layer.weight.detach().requires_grad_(), layer.bias.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda W, b: site.shift_bias(b, site.decorrelate(W)), (W, b))
+    assert torch.autograd.gradgradcheck(lambda W: site.decorrelate(W).pow(3), (W,))
