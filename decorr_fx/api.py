@@ -1,6 +1,5 @@
 """The verbs. Each one is: check, run these passes, return."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from os import PathLike
@@ -11,10 +10,12 @@ from torch import nn
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import ConfigError, NotTransformedError
+from decorr_fx.passes.check import check_model
+from decorr_fx.passes.choose import Filter, Overrides, Settings
 from decorr_fx.passes.export import ExportOnnx, ExportReport, example_tuple
 from decorr_fx.passes.fold import FoldDecorrelation
 from decorr_fx.passes.insert import InsertDecorrelation
-from decorr_fx.passes.plan import Filter, Plan, Settings, check_model, make_plan
+from decorr_fx.passes.plan import Plan, make_plan
 from decorr_fx.runtime import stepper
 from decorr_fx.runtime.attachment import skipped_of
 from decorr_fx.runtime.report import Report, SiteRecord, Stats, collect_stats, site_records
@@ -26,7 +27,7 @@ def transform(
     config: DecorrConfig | None = None,
     *,
     filter_fn: Filter | None = None,
-    overrides: Mapping[str, DecorrConfig | None] | None = None,
+    overrides: Overrides | None = None,
 ) -> nn.Module:
     """Return a copy of the model that decorrelates the input of its conv and linear layers while it trains.
 
@@ -96,7 +97,7 @@ def report(
     config: DecorrConfig | None = None,
     *,
     filter_fn: Filter | None = None,
-    overrides: Mapping[str, DecorrConfig | None] | None = None,
+    overrides: Overrides | None = None,
 ) -> Report:
     """List every conv and linear of the model as a site or as skipped with the reason; printing it gives a table.
 
@@ -148,7 +149,7 @@ def _plan(
     model: nn.Module,
     config: DecorrConfig | None,
     filter_fn: Filter | None,
-    overrides: Mapping[str, DecorrConfig | None] | None,
+    overrides: Overrides | None,
 ) -> Plan:
     if config is not None and not isinstance(config, DecorrConfig):
         raise ConfigError(f"config is {config!r}; use a DecorrConfig")

@@ -5,24 +5,21 @@ R. A parameter that something else reads too cannot be folded, and is refused wi
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedParameter
 
 from decorr_fx.config import DecorrConfig
-from decorr_fx.errors import ConfigError, LayerError, ModelError
+from decorr_fx.errors import LayerError, ModelError
 from decorr_fx.ops.structure import choose_layout
+from decorr_fx.passes.choose import Settings
 from decorr_fx.passes.match import CALLS, Call, Unmatched, is_call, match_call
 from decorr_fx.passes.trace import OPAQUE, Traced, trace_model
 from decorr_fx.runtime.report import SkippedRecord
-from decorr_fx.runtime.state import Site, SiteSpec
+from decorr_fx.runtime.spec import SiteSpec
 
-Filter = Callable[[nn.Module, str], bool]
-Overrides = Mapping[str, DecorrConfig | None]
 Readers = dict[int, list[tuple[str, fx.Node]]]  # for the id of every parameter: who reads it, by piece and node
 
 
@@ -55,47 +52,6 @@ class Plan:
     traced: Traced
     sites: tuple[SitePlan, ...]
     skipped: tuple[SkippedRecord, ...]
-
-
-@dataclass
-class Settings:
-    """The settings of each layer: the config, `filter_fn` and `overrides`; it remembers which patterns have matched."""
-
-    config: DecorrConfig
-    filter_fn: Filter | None
-    overrides: Overrides
-    matched: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        for pattern, override in self.overrides.items():
-            if override is not None and not isinstance(override, DecorrConfig):
-                raise ConfigError(
-                    f"overrides[{pattern!r}] is {override!r}; use a DecorrConfig, or None for 'leave alone'"
-                )
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"overrides: {pattern!r} is not a regular expression: {error}") from None
-
-    def choose(self, module: nn.Module, fqn: str) -> DecorrConfig:
-        """Return the settings of a layer; raise `Unmatched` where the user leaves it alone."""
-        if self.filter_fn is not None and not self.filter_fn(module, fqn):
-            raise Unmatched("left alone by filter_fn")
-        hits = [pattern for pattern in self.overrides if re.fullmatch(pattern, fqn)]
-        self.matched.update(hits)
-        config = self.overrides[hits[0]] if hits else self.config
-        if config is None:
-            raise Unmatched(f"left alone by overrides[{hits[0]!r}]")
-        return config
-
-    def check_all_matched(self, layers: list[str]) -> None:
-        """Raise `ConfigError` for the first pattern that named no layer."""
-        for pattern in self.overrides:
-            if pattern not in self.matched:
-                raise ConfigError(
-                    f"overrides: {pattern!r} matches no layer; it must match a whole name, like 'fc' or 'layer4\\..*', "
-                    f"and the layers are {', '.join(layers[:8])}{', ...' if len(layers) > 8 else ''}"
-                )
 
 
 def make_plan(model: nn.Module, settings: Settings) -> Plan:
@@ -221,28 +177,3 @@ def _failed_layers(traced: Traced) -> Iterator[SkippedRecord]:
         module = traced.scratch.get_submodule(fqn)
         if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             yield SkippedRecord(fqn, type(module).__name__, f"its forward cannot be traced: {problem}")
-
-
-def check_model(model: object) -> nn.Module:
-    """Return the model if `transform` can take it.
-
-    Raises:
-        ModelError: not a module, compiled, wrapped, scripted or transformed already.
-        LayerError: a lazy layer that has not run yet.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for fqn, module in model.named_modules():
-        if isinstance(module, Site):
-            raise ModelError("the model is transformed already; train it as it is, or fold it first")
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise ModelError(f"{fqn or 'the model'!r} is compiled; transform the plain model, then compile the result")
-        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            raise ModelError(
-                f"{fqn or 'the model'!r} is wrapped in {type(module).__name__}; transform first, then wrap"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(f"{fqn or 'the model'!r} is a ScriptModule; transform the module it was scripted from")
-        if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
-            raise LayerError(fqn, "is lazy and has no weight yet; run the model once on an example, then transform it")
-    return model

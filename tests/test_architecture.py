@@ -29,8 +29,10 @@ PASSES = {
     "base": set(),
     "trace": {"base"},
     "match": set(),
-    "plan": {"trace", "match"},
-    "insert": {"base", "match", "plan"},
+    "choose": {"match"},
+    "check": set(),
+    "plan": {"trace", "match", "choose"},
+    "insert": {"base", "match", "plan", "check"},
     "fold": {"base"},
     "export": {"base"},
 }

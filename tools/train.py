@@ -29,6 +29,7 @@ import decorr_fx
 from decorr_fx import DecorrError
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+WIDTH = 100  # of the table in a file
 MEASURED_IMAGES = 128  # of the training set, for the correlations
 
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: Settings) -> int:
     """Train, tell what came of it, and write the files."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     job = prepare(settings)
     try:
         _race_with_progress(job)

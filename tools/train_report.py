@@ -71,11 +71,11 @@ def result_of(contender: Contender, others: Sequence[Contender], test: Score | N
 def results_table(results: Sequence[Mapping[str, Any]], settings: Settings) -> Table:
     """Return the table of what every method has reached."""
     caption = (
-        f"Same initial weights, same batches, {settings.optimizer} from lr {settings.lr:g} linearly to 0 for each method. "
+        f"Same initial weights and batches, {settings.optimizer} from lr {settings.lr:g} linearly to 0 for all. "
         "Time is that of training steps alone. The other's best is its highest validation accuracy, reached where an "
-        "evaluation first shows it. The test set was used once, at the end."
+        "evaluation first shows it. The test set is used once, at the end."
     )
-    table = Table(title=f"{settings.model} on {settings.data}", caption=caption, box=SIMPLE_HEAD)
+    table = Table(title=f"{settings.model} on {settings.data}", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "test acc. (%)": lambda r: _percent(r["test_accuracy"]),
@@ -85,10 +85,10 @@ def results_table(results: Sequence[Mapping[str, Any]], settings: Settings) -> T
         "ms per step": lambda r: _number(1000 * r["seconds"] / max(r["steps"], 1), ".1f"),
     }
     if len(results) > 1:
-        rows["steps to other's best"] = lambda r: _number(r["steps_to_others_best"], "d")
+        rows["steps to best of other"] = lambda r: _number(r["steps_to_others_best"], "d")
         rows["time to it (s)"] = lambda r: _number(r["seconds_to_others_best"], ".1f")
     for name in rows:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=6)
     for result in results:
         table.add_row(NAMES[result["method"]], *(cell(result) for cell in rows.values()))
     return table

@@ -45,6 +45,7 @@ class Settings:
     kappa: float
     sample_fraction: float
     max_samples: int
+    max_dim: int
     update_every: int
     center: bool
     preserve_function: bool
@@ -139,6 +140,7 @@ def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kappa", type=float, default=PRESET.kappa, help="weight of the variance error, in [0, 1]")
     group.add_argument("--sample-fraction", type=float, default=PRESET.sample_fraction, help="part of rows recorded")
     group.add_argument("--max-samples", type=int, default=PRESET.max_samples, help="most rows a layer keeps")
+    group.add_argument("--max-dim", type=int, default=PRESET.max_dim, help="largest side of a factor of R")
     group.add_argument("--update-every", type=int, default=PRESET.update_every, help="R moves every n-th step")
     group.add_argument("--center", action="store_true", help="subtract the running mean of the rows, too")
     group.add_argument("--no-preserve-function", dest="preserve_function", action="store_false",

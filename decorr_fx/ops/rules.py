@@ -93,8 +93,8 @@ class Transition:
             return self._retreat_by_rows(W)
         eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
         T = eye - self.eps * (self.scale * self.moment.C + torch.diag_embed(self.shift))
-        solved: Tensor = torch.linalg.solve_ex(T, W.mT)[0]  # solve_ex: no host sync; T is symmetric
-        return solved.mT / self.gain
+        inverse: Tensor = torch.linalg.inv_ex(T)[0]  # _ex: no host sync; T is well conditioned, see STEP_BOUND
+        return W @ (inverse / self.gain)
 
     def _retreat_by_rows(self, W: Tensor) -> Tensor:
         """Return `W @ T^-1` through an n x n system (Woodbury), for fewer rows than features."""
@@ -105,7 +105,7 @@ class Transition:
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         inner: Tensor = torch.linalg.solve_ex(eye - weight * (z @ scaled.mT), scaled)[0]
         start = W * shrink
-        return (start + weight * (W @ scaled.mT) @ inner) / self.gain
+        return (start + (W @ scaled.mT) @ (weight * inner)) / self.gain
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from decorr_fx.runtime.state import Site, SiteSpec, sites_of
+from decorr_fx.runtime.spec import SiteSpec
+from decorr_fx.runtime.state import Site, sites_of
 
 
 @dataclass(frozen=True)

@@ -9,45 +9,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from decorr_fx.config import DecorrConfig
-from decorr_fx.ops.record import ConvGeometry, record_conv, record_linear
+from decorr_fx.ops.record import record_conv, record_linear
 from decorr_fx.ops.rules import Step, step_factors
-from decorr_fx.ops.structure import Layout, fold_weight, stack_rows, stack_weight, unstack_weight
+from decorr_fx.ops.structure import fold_weight, stack_rows, stack_weight, unstack_weight
+from decorr_fx.runtime.spec import SiteSpec
 
 MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
 
 LIVE_SITES: "WeakSet[Site]" = WeakSet()  # every site there is, copies included: the optimizer hook looks here
-
-
-@dataclass(frozen=True)
-class SiteSpec:
-    """What a site is, decided once: the layer, the reading of its weight, and the settings.
-
-    Attributes:
-        fqn: fully qualified name of the layer.
-        kind: `linear`, `conv2d`, `conv_transpose1d`, ...
-        layout: how the weight is read as rows, and the structure of R.
-        geometry: where the taps of a convolution fall; None for a linear.
-        config: the settings.
-        centered: the mean is subtracted in the forward and folded into the bias.
-    """
-
-    fqn: str
-    kind: str
-    layout: Layout
-    geometry: ConvGeometry | None
-    config: DecorrConfig
-    centered: bool
-
-    @property
-    def demeaned(self) -> bool:
-        """Whether the rule sees rows with their running mean subtracted."""
-        return self.centered or self.config.rule == "crgd"
-
-    @property
-    def factor_names(self) -> tuple[str, ...]:
-        """Names of the factors of R: the keys under which they are saved."""
-        return ("A", "S") if self.layout.paired else ("R",)
 
 
 @dataclass(frozen=True)

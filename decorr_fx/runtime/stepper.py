@@ -46,7 +46,7 @@ def step_sites(sites: Iterator[Site]) -> None:
 def _check_one_rank(site: Site) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise DistributedError(
-            f"layer {site.spec.fqn!r}: {dist.get_world_size()} ranks train together, and R would move differently on each; "
+            f"layer {site.spec.fqn!r}: {dist.get_world_size()} ranks train together, and each would move R on its own; "
             "train on one rank, or keep R still with decorr_fx.paused(model)"
         )
 

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import decorr_fx
 from decorr_fx import CheckpointError, ConfigError, DecorrConfig, NotTransformedError
@@ -55,6 +56,20 @@ def test_degenerate_rows_leave_R_finite(rule: str, x: torch.Tensor) -> None:
         one_step(model, x)
     assert all(f.isfinite().all() for site in sites_of(model) for f in site.factors)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rule", ["dbp", "crgd"])
+@pytest.mark.parametrize("structure", ["full", "kronecker"])
+def test_a_step_never_waits_for_the_device(rule: str, structure: str) -> None:
+    """A fake tensor has no value: reading one on the host, as a sync does, raises."""
+    with FakeTensorMode():
+        model = decorr_fx.transform(nn.Conv1d(6, 4, 3), DecorrConfig(rule=rule, structure=structure, center=True))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(torch.randn(5, 6, 9)).sum().backward()
+            optimizer.step()
+        with pytest.raises(DataDependentOutputException):
+            decorr_fx.stats(model)
 
 
 def test_update_every_moves_R_at_every_third_step() -> None:

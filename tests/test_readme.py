@@ -1,0 +1,53 @@
+"""The README is run as it stands."""
+
+import dataclasses
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import decorr_fx
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+QUICKSTART, SETTINGS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[:2]
+
+
+def test_the_quickstart_runs_and_is_on_the_first_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(QUICKSTART, names)
+    assert type(names["plain"]) is nn.Sequential
+    assert (tmp_path / "model.onnx").is_file()
+    assert README[: README.index(QUICKSTART)].count("\n") < 12
+
+
+def test_the_settings_run_on_a_model_with_such_names() -> None:
+    layers = {"stem": nn.Linear(4, 4), "layer4": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 2)}
+    names = {"decorr_fx": decorr_fx, "model": nn.Sequential(OrderedDict(layers)), "torch": torch}
+    exec(SETTINGS, names)
+    (site,) = decorr_fx.report(names["model"]).sites
+    assert site.fqn == "layer4.0"
+
+
+def test_the_table_of_settings_is_that_of_the_config() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`[^|]*`) \|", README, flags=re.MULTILINE)
+    table = {
+        name.strip("`"): default.strip("`")
+        for names, defaults in rows
+        for name, default in zip(names.split(", "), defaults.split(", "), strict=True)
+    }
+    fields = {f.name: repr(f.default).replace("'", '"') for f in dataclasses.fields(decorr_fx.DecorrConfig)}
+    assert table == fields
+
+
+def test_the_set_up_lines_are_those_that_ci_runs() -> None:
+    assert len(re.findall(r'^python -m pip install -e "\.\[(?:demo|test)\]" && python ', README, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("picture", re.findall(r"!\[.*?\]\((.*?)\)", README))
+def test_the_pictures_are_there(picture: str) -> None:
+    assert (ROOT / picture).stat().st_size > 10_000
