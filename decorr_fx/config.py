@@ -48,7 +48,7 @@ class DecorrConfig:
     update_every: int = 1
     center: bool = False
     preserve_function: bool = True
-    max_dim: int = 512
+    max_dim: int = 256
 
     def __post_init__(self) -> None:
         self._one_of("rule", get_args(RuleName))

@@ -79,10 +79,10 @@ def _one_per_source(uses: tuple[Use, ...]) -> list[Use]:
 def _rewrite_source(use: Use) -> None:
     """Put the decorrelated parameter where the graph reads the plain one."""
     source, graph = use.call.source, use.call.node.graph
+    if source.inner:
+        _rewrite_child_call(use)
+        return
     with graph.inserting_after(source.node):
-        if source.inner:
-            _rewrite_child_call(use)
-            return
         site = graph.get_attr(_site_name(use))
     with graph.inserting_after(site):
         decorrelated = graph.call_method("decorrelate", (site, source.node))

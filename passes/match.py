@@ -40,8 +40,7 @@ class Unmatched(Exception):  # noqa: N818 - not an error: the reason why a call 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a weight comes from: the parameter at `path`, read by `node` (its `get_attr`, or the call of a child
-    module).
+    """Where a weight comes from: the parameter at `path`, read by `node`, a `get_attr` or the call of a child module.
 
     `inner` is the parameter's name inside that child module, and empty for a `get_attr`; `between` holds all nodes from
     `node` up to the weight.

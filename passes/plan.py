@@ -64,16 +64,10 @@ def make_plan(model: nn.Module, settings: Settings) -> Plan:
     """
     traced = trace_model(model)
     skipped = [*_opaque_layers(traced), *_failed_layers(traced)]
-    by_parameter: dict[int, list[Use]] = {}
-    for piece, training, node in _calls(traced):
-        try:
-            call = match_call(node, traced.scratch.get_submodule(piece))
-            by_parameter.setdefault(id(call.source.parameter), []).append(Use(piece, training, call))
-        except Unmatched as reason:
-            skipped.append(SkippedRecord(piece, CALLS[node.target][0], str(reason)))  # type: ignore[index]
+    by_parameter = _uses_by_parameter(traced, skipped)
     readers = _readers(traced)
     sites = []
-    for uses in by_parameter.values():
+    for uses in by_parameter:
         fqn = _layer_name(uses[0].parameter_fqn)
         try:
             config = settings.choose(model.get_submodule(uses[0].piece), fqn)
@@ -83,12 +77,24 @@ def make_plan(model: nn.Module, settings: Settings) -> Plan:
             sites.append(SitePlan(_specify(fqn, uses, config, centered), tuple(uses)))
         except Unmatched as reason:
             skipped.append(SkippedRecord(fqn, uses[0].call.kind, str(reason)))
-    settings.check_all_matched([_layer_name(uses[0].parameter_fqn) for uses in by_parameter.values()])
+    settings.check_all_matched([_layer_name(uses[0].parameter_fqn) for uses in by_parameter])
     skipped = list(dict.fromkeys(skipped))  # the train and the eval graph give the same reasons
     if not sites:
         reasons = "".join(f"; {s.fqn or '(root)'}: {s.reason}" for s in skipped[:3])
         raise ModelError(f"{type(model).__name__} has no conv or linear layer to decorrelate{reasons}")
     return Plan(traced, tuple(sites), tuple(skipped))
+
+
+def _uses_by_parameter(traced: Traced, skipped: list[SkippedRecord]) -> list[list[Use]]:
+    """Return the calls of all graphs, by parameter; append those that cannot be sites to `skipped`."""
+    uses: dict[int, list[Use]] = {}
+    for piece, training, node in _calls(traced):
+        try:
+            call = match_call(node, traced.scratch.get_submodule(piece))
+            uses.setdefault(id(call.source.parameter), []).append(Use(piece, training, call))
+        except Unmatched as reason:
+            skipped.append(SkippedRecord(piece, CALLS[node.target][0], str(reason)))  # type: ignore[index]
+    return list(uses.values())
 
 
 def _calls(traced: Traced) -> Iterator[tuple[str, bool, fx.Node]]:
