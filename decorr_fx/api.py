@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from decorr_fx.config import DecorrConfig
-from decorr_fx.errors import ConfigError, NotTransformedError
+from decorr_fx.errors import ConfigError, ModelError, NotTransformedError
 from decorr_fx.passes.check import check_model
 from decorr_fx.passes.choose import Filter, Overrides, Settings
 from decorr_fx.passes.export import ExportOnnx, ExportReport, example_tuple
@@ -33,7 +33,8 @@ def transform(
 
     The model itself is not changed; parameters and buffers are shared with it, so that an optimizer made before goes on
     working. Outputs are those of the model until R moves, which happens right after each step of the optimizer that
-    owns a layer's weight (any `torch.optim.Optimizer`): the training loop stays as it is. Source: arXiv 2405.02385.
+    owns a layer's weight (any `torch.optim.Optimizer`): the training loop stays as it is. From then on the shared
+    weights make sense to the copy only; `fold` it to get a plain model back. Source: arXiv 2405.02385.
 
     Args:
         model: a plain module: transform before compiling or wrapping it.
@@ -165,6 +166,8 @@ def _transformed(model: nn.Module) -> nn.Module:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile and DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     while True:
         if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled

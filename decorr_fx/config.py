@@ -29,7 +29,7 @@ class DecorrConfig:
             `crgd` has no such trade-off and ignores it.
         sample_fraction: part of the rows of each forward that is recorded, in (0, 1].
         max_samples: most rows a layer keeps between two steps of R; later rows then replace earlier ones.
-        update_every: R moves at every n-th step of the optimizer, on the rows of that step.
+        update_every: R moves at every n-th step of the optimizer, on the latest rows since the last.
         center: subtract the running mean of the rows in the forward, too. It is folded into the bias, so a layer
             without one is run uncentred; `report` says so.
         preserve_function: let W follow each step of R, so that the step leaves the network's function where it was.

@@ -8,7 +8,7 @@ working.
 
 import linecache
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import cached_property, wraps
 from itertools import count
@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, fx, nn
 
-from decorr_fx.errors import PassError
+from decorr_fx.errors import ModelError, PassError
+from decorr_fx.runtime.state import Site
 
 Result = TypeVar("Result")
 _file_numbers = count()
@@ -52,15 +53,32 @@ class Pass(ABC, Generic[Result]):
 
 
 def copy_model(model: nn.Module, shared: Iterable[object]) -> nn.Module:
-    """Return a deep copy in which the `shared` objects are the very same ones as in `model`."""
+    """Return a deep copy in which the `shared` objects are the very same ones as in `model`.
+
+    Raises:
+        ModelError: something that the model holds cannot be copied.
+    """
     memo: dict[int, Any] = {id(thing): thing for thing in shared}
-    return deepcopy(model, memo)
+    try:
+        return deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise ModelError(f"{type(model).__name__} cannot be copied: {error}; remove what cannot be, and set it again "
+                         "on the result") from error  # fmt: skip
 
 
 def copy_sharing_tensors(model: nn.Module) -> nn.Module:
     """Return a copy with modules of its own over the same parameters, buffers and other tensors."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers(), *plain_tensors(model)]
-    return copy_model(model, tensors)
+    return copy_model(model, [*model.parameters(), *model.buffers(), *plain_tensors(model)])
+
+
+def copy_sharing_parameters(model: nn.Module) -> nn.Module:
+    """Return a copy over the same parameters and buffers, to be thrown away: other tensors are its own."""
+    copy = copy_sharing_tensors(model)
+    for module in copy.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                vars(module)[name] = value.detach().clone()
+    return copy
 
 
 def plain_tensors(model: nn.Module) -> list[Tensor]:
@@ -91,11 +109,18 @@ class GraphLayer:
     """Mixed into a layer's class by `as_graph_layer`: the forward runs a graph of the layer's own."""
 
     plain_class: ClassVar[type[nn.Module]]
+    _modules: dict[str, nn.Module | None]
     graphs: ClassVar[Graphs]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: tuple[Any, ...] = tuple(super().__reduce_ex__(protocol))[2:]
         return (_new_graph_layer, (self.plain_class, self.graphs), *state)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name, site in self._modules.items():
+            if isinstance(site, Site):
+                site.expect(state_dict, prefix, name)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
 def as_graph_layer(module: nn.Module, graphs: Graphs) -> None:

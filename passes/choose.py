@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -14,14 +14,13 @@ Filter = Callable[[nn.Module, str], bool]
 Overrides = Mapping[str, DecorrConfig | None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    """The settings of each layer: the config, `filter_fn` and `overrides`; it remembers which patterns have matched."""
+    """The settings of each layer: the config, `filter_fn` and `overrides`."""
 
     config: DecorrConfig
     filter_fn: Filter | None
     overrides: Overrides
-    matched: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for pattern, override in self.overrides.items():
@@ -39,16 +38,15 @@ class Settings:
         if self.filter_fn is not None and not self.filter_fn(module, fqn):
             raise Unmatched("left alone by filter_fn")
         hits = [pattern for pattern in self.overrides if re.fullmatch(pattern, fqn)]
-        self.matched.update(hits)
         config = self.overrides[hits[0]] if hits else self.config
         if config is None:
             raise Unmatched(f"left alone by overrides[{hits[0]!r}]")
         return config
 
-    def check_all_matched(self, layers: list[str]) -> None:
-        """Raise `ConfigError` for the first pattern that named no layer."""
+    def check_all_match(self, layers: list[str]) -> None:
+        """Raise `ConfigError` for the first pattern that names none of the layers."""
         for pattern in self.overrides:
-            if pattern not in self.matched:
+            if not any(re.fullmatch(pattern, fqn) for fqn in layers):
                 raise ConfigError(
                     f"overrides: {pattern!r} matches no layer; it must match a whole name, like 'fc' or 'layer4\\..*', "
                     f"and the layers are {', '.join(layers[:8])}{', ...' if len(layers) > 8 else ''}"

@@ -1,5 +1,6 @@
 """Export: a plain model becomes an ONNX file, which appears at its path only after onnxruntime agreed with it."""
 
+import math
 import os
 import tempfile
 from collections import Counter
@@ -16,7 +17,7 @@ from decorr_fx.errors import ExportError, ModelError
 from decorr_fx.passes.base import Pass
 from decorr_fx.runtime.state import sites_of
 
-TOLERANCE = 1e-4  # largest difference from the model, relative to its largest output, that a verified file may show
+TOLERANCE = 1e-4  # largest difference from a float32 model, relative to its largest output, that a file may show
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class ExportReport:
         path: where the file is.
         operators: how often each ONNX operator occurs.
         max_error: largest difference between onnxruntime and the model, relative to the largest output; None if not
-        verified. provider: the onnxruntime provider that ran the file; None if not verified.
+            verified.
+        provider: the onnxruntime provider that ran the file; None if not verified.
         batch_sizes: the batch sizes that were compared.
     """
 
@@ -100,14 +102,18 @@ class ExportOnnx(Pass[ExportReport]):
     def _compare(self, model: nn.Module, file: Path) -> tuple[float, str, tuple[int, ...]]:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(file), providers=_providers(onnxruntime))
         own = _batch_size(self.example_inputs)
         sizes = (own, own + 1) if self.dynamic_batch else (own,)
-        errors = [self._error(model, session, size) for size in sizes]
-        if not max(errors) <= TOLERANCE:
+        try:
+            session = onnxruntime.InferenceSession(str(file), providers=_providers(onnxruntime))
+            errors = [self._error(model, session, size) for size in sizes]
+        except Exception as error:  # onnxruntime has no base class of its errors
+            raise ExportError(f"onnxruntime cannot run the file: {_first_line(error)}") from error
+        allowed = _tolerance(model)
+        if not max(errors) <= allowed:
             raise ExportError(
                 f"onnxruntime disagrees with the model by {max(errors):.2g} of its largest output "
-                f"(allowed: {TOLERANCE:g}) at batch sizes {sizes}; no file was left at {self.path}"
+                f"(allowed: {allowed:g}) at batch sizes {sizes}; no file was left at {self.path}"
             )
         return max(errors), session.get_providers()[0], sizes
 
@@ -117,6 +123,12 @@ class ExportOnnx(Pass[ExportReport]):
         feeds = dict(zip((i.name for i in session.get_inputs()), map(_numpy, _tensors(inputs)), strict=True))
         got = [torch.from_numpy(out) for out in session.run(None, feeds)]
         return max(_relative_error(g, e.cpu()) for g, e in zip(got, expected, strict=True))
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Return the largest difference that is allowed: more for weights of half precision."""
+    coarsest = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    return max(TOLERANCE, 10 * coarsest if coarsest > torch.finfo(torch.float32).eps else 0.0)
 
 
 def _providers(onnxruntime: Any) -> list[str]:
@@ -138,7 +150,10 @@ def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
 def _check_file(file: Path) -> dict[str, int]:
     import onnx
 
-    onnx.checker.check_model(str(file), full_check=True)
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except Exception as error:  # onnx has several unrelated errors, one of each part
+        raise ExportError(f"onnx refuses the exported file: {_first_line(error)}") from error
     graph = onnx.load(str(file), load_external_data=False).graph
     return dict(sorted(Counter(node.op_type for node in graph.node).items()))
 
@@ -177,8 +192,10 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
         return float("inf")
     if not expected.is_floating_point():
         return float((got != expected).any())
-    scale = expected.abs().max().clamp(min=1e-12) if expected.numel() else 1.0
-    return float((got - expected).abs().max() / scale) if expected.numel() else 0.0
+    same = (got == expected) | (got.isnan() & expected.isnan())  # infinities of a mask agree, too
+    difference = (got - expected).abs().masked_fill(same, 0).nan_to_num(nan=math.inf, posinf=math.inf)
+    scale = expected.abs().masked_fill(~expected.isfinite(), 0).max().clamp(min=1e-12) if expected.numel() else 1.0
+    return float(difference.max() / scale) if expected.numel() else 0.0
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from decorr_fx.errors import NotTransformedError
+from decorr_fx.errors import LayerError, NotTransformedError
 from decorr_fx.passes.base import GraphLayer, Pass, as_plain_layer, copy_model, plain_tensors
 from decorr_fx.runtime.attachment import detach
 from decorr_fx.runtime.state import Site, sites_of
@@ -17,6 +17,12 @@ class FoldDecorrelation(Pass[nn.Module]):
             raise NotTransformedError(
                 f"{type(model).__name__} has no decorrelated layer: it is plain, or was folded already; use it as it is"
             )
+        for site in sites_of(model):
+            if not isinstance(site.weight_slot.find(), nn.Parameter):
+                raise LayerError(
+                    site.spec.fqn,
+                    "its weight was pruned or parametrized after transform; undo that, fold, and do it again",
+                )
 
     def call(self, model: nn.Module) -> nn.Module:
         """Fold every site into the parameters of a copy."""
@@ -28,7 +34,7 @@ class FoldDecorrelation(Pass[nn.Module]):
             for name in [name for name, child in module.named_children() if isinstance(child, Site)]:
                 delattr(module, name)
             as_plain_layer(module)
-        detach(plain)
+            detach(module)
         return plain
 
     def ensures(self, model: nn.Module, result: nn.Module) -> None:
@@ -36,6 +42,7 @@ class FoldDecorrelation(Pass[nn.Module]):
         for fqn, module in result.named_modules():
             if isinstance(module, Site | GraphLayer):
                 raise self.broken(fqn, "a part of the transformed model is left")
-        ours = {key for key in model.state_dict() if "_decorr." in key}
-        if result.state_dict().keys() != model.state_dict().keys() - ours:
+        sites = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Site)]
+        plain = {key for key in model.state_dict() if not any(key.startswith(f"{name}.") for name in sites)}
+        if result.state_dict().keys() != plain:
             raise self.broken("state_dict", "the keys are not those of the plain model")

@@ -58,13 +58,13 @@ class InsertDecorrelation(Pass[nn.Module]):
 
 
 def _site_name(use: Use) -> str:
-    return f"{use.call.source.path.replace('.', '_')}_decorr"
+    return f"{use.call.source.path.replace('.', '__')}_decorr"
 
 
 def _make_site(model: nn.Module, plan: SitePlan) -> Site:
     use = plan.uses[0]
     bias = _slot(model, use, use.call.bias_path) if plan.spec.centered and use.call.bias_path else None
-    return Site(plan.spec, _slot(model, use, use.call.source.path), bias)
+    return Site(plan.spec, use.call.source.path, _slot(model, use, use.call.source.path), bias)
 
 
 def _slot(model: nn.Module, use: Use, path: str) -> Slot:

@@ -15,6 +15,7 @@ from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import LayerError, ModelError
 from decorr_fx.ops.structure import choose_layout
 from decorr_fx.passes.choose import Settings
+from decorr_fx.passes.faithful import names_in_forward
 from decorr_fx.passes.match import CALLS, Call, Unmatched, is_call, match_call
 from decorr_fx.passes.trace import OPAQUE, Traced, trace_model
 from decorr_fx.runtime.report import SkippedRecord
@@ -77,8 +78,8 @@ def make_plan(model: nn.Module, settings: Settings) -> Plan:
             sites.append(SitePlan(_specify(fqn, uses, config, centered), tuple(uses)))
         except Unmatched as reason:
             skipped.append(SkippedRecord(fqn, uses[0].call.kind, str(reason)))
-    settings.check_all_matched([_layer_name(uses[0].parameter_fqn) for uses in by_parameter])
     skipped = list(dict.fromkeys(skipped))  # the train and the eval graph give the same reasons
+    settings.check_all_match([*(site.spec.fqn for site in sites), *(record.fqn for record in skipped)])
     if not sites:
         reasons = "".join(f"; {s.fqn or '(root)'}: {s.reason}" for s in skipped[:3])
         raise ModelError(f"{type(model).__name__} has no conv or linear layer to decorrelate{reasons}")
@@ -154,8 +155,19 @@ def _check_exclusive(traced: Traced, uses: list[Use], readers: Readers) -> None:
     inside_calls = {use.parameter_fqn for use in uses if use.call.source.inner}
     for owner_fqn, owner in traced.scratch.named_modules():
         for name, owned in owner.named_parameters(owner_fqn, recurse=False):
-            if owned is parameter and owner_fqn not in traced.graphs and name not in inside_calls:
+            is_container = type(owner).forward is nn.Module.forward
+            seen = is_container or owner_fqn in traced.graphs or name in inside_calls
+            if owned is parameter and not seen:
                 raise Unmatched(f"its weight is shared with {owner_fqn!r} ({type(owner).__name__})")
+    for failed in traced.failed:
+        module = traced.scratch.get_submodule(failed)
+        if _reads_weights(module) and any(p is parameter for p in module.parameters()):
+            raise Unmatched(f"its weight may be read by the forward of {failed or '(root)'!r}, which cannot be traced")
+
+
+def _reads_weights(module: nn.Module) -> bool:
+    """Tell whether the forward of a module that cannot be traced names a weight, its own or a child's."""
+    return "weight" in names_in_forward(module)
 
 
 def _has_own_bias(traced: Traced, uses: list[Use], readers: Readers) -> bool:
@@ -175,11 +187,13 @@ def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
         if isinstance(module, (*OPAQUE, nn.Linear, _ConvNd)):
             kind = type(traced.scratch.get_submodule(outer)).__name__
             where = "" if fqn == outer else f", inside {outer!r}"
-            yield SkippedRecord(fqn, type(module).__name__, f"{kind} runs as one fused kernel on raw weights{where}")
+            yield SkippedRecord(fqn, type(module).__name__, f"{kind} hands raw weights to a kernel of its own{where}")
 
 
 def _failed_layers(traced: Traced) -> Iterator[SkippedRecord]:
     for fqn, problem in traced.failed.items():
         module = traced.scratch.get_submodule(fqn)
-        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        containers = [child for child in module.children() if type(child).forward is nn.Module.forward]
+        owned = [p for owner in (module, *containers) for p in owner.parameters(recurse=False)]
+        if any(parameter.dim() > 1 for parameter in owned):
             yield SkippedRecord(fqn, type(module).__name__, f"its forward cannot be traced: {problem}")

@@ -4,7 +4,6 @@ Each module is traced on its own with its children as leaves. So whatever cannot
 module does in Python around its layers stays Python.
 """
 
-import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from decorr_fx.passes.base import Graphs, copy_sharing_tensors
+from decorr_fx.passes.base import Graphs, copy_sharing_parameters
+from decorr_fx.passes.faithful import LayerTracer, trace_faithfully
 
-# These run fused kernels on raw weights, at least in eval mode: R could not reach the layers inside.
+# These hand raw weights to a kernel of their own, at least in eval mode: R could not reach the layers inside.
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
 
@@ -33,7 +33,7 @@ class Traced:
 
 def trace_model(model: nn.Module) -> Traced:
     """Trace every module of a copy of the model that may call a conv or linear; the model is not changed."""
-    scratch = copy_sharing_tensors(model)  # a traced forward may leave proxies in attributes
+    scratch = copy_sharing_parameters(model)  # a traced forward may leave proxies in attributes
     opaque = _inside_opaque(scratch)
     graphs: dict[str, Graphs] = {}
     failed: dict[str, str] = {}
@@ -47,9 +47,14 @@ def trace_model(model: nn.Module) -> Traced:
     return Traced(scratch, graphs, opaque, failed)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether the module's forward is not torch's, but a user's or another library's."""
+    return not str(type(module).forward.__module__).startswith("torch.nn.")
+
+
 def _may_call(module: nn.Module) -> bool:
     """Tell whether a module's own forward may call a conv or linear: those layers, and whatever is not torch's own."""
-    return isinstance(module, nn.Linear | _ConvNd) or not type(module).__module__.startswith("torch.nn.")
+    return isinstance(module, nn.Linear | _ConvNd) or has_own_forward(module)
 
 
 def _inside_opaque(model: nn.Module) -> dict[str, str]:
@@ -63,37 +68,14 @@ def _inside_opaque(model: nn.Module) -> dict[str, str]:
 
 
 def _trace(module: nn.Module, training: bool) -> fx.Graph:
+    module.train(training)
+    if has_own_forward(module):
+        return trace_faithfully(module)
     if "forward" in vars(module):
         raise fx.proxy.TraceError("its forward was replaced on the instance")
-    module.train(training)
     if isinstance(module, _ConvTransposeNd):
         module = _with_traceable_output_padding(module)
-    graph = _LayerTracer().trace(module)
-    _check_optional_arguments(module, graph)
-    return graph
-
-
-def _check_optional_arguments(module: nn.Module, graph: fx.Graph) -> None:
-    """Raise where the forward takes another way when an optional argument is missing: a proxy is never None."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    missing = {p.name: None for p in parameters if p.default is None}
-    if missing and _operations(_LayerTracer().trace(module, concrete_args=missing)) != _operations(graph):
-        raise fx.proxy.TraceError(f"it depends on whether {', '.join(missing)} is given")
-
-
-def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
-    """Return what the graph does, without its inputs and without the checks on them that tracing adds."""
-    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output") and "assert" not in n.name]
-    return [(n.op, n.target) for n in nodes]
-
-
-class _LayerTracer(fx.Tracer):
-    """Traces one module's own forward: children are leaves, parameters and buffers are nodes."""
-
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    return LayerTracer().trace(module)
 
 
 def _with_traceable_output_padding(module: _ConvTransposeNd) -> _ConvTransposeNd:

@@ -27,11 +27,12 @@ BELOW = {
 }
 PASSES = {
     "base": set(),
-    "trace": {"base"},
+    "faithful": set(),
+    "trace": {"base", "faithful"},
     "match": set(),
     "choose": {"match"},
     "check": set(),
-    "plan": {"trace", "match", "choose"},
+    "plan": {"trace", "faithful", "match", "choose"},
     "insert": {"base", "match", "plan", "check"},
     "fold": {"base"},
     "export": {"base"},

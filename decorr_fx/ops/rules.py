@@ -5,9 +5,9 @@ Every rule is a *transition*: a step of R is `R <- T R` with
     T = gain * (I - eps * G),    G = scale * C + diag(shift)
     C = M - diag(M),    M = mean over rows of z z^T,    z = R x
 
-so a rule is a choice of (scale, shift, gain) and nothing else. T acts from the left, on the rows of R; each factor of R
-has a T of its own, from the rows of its own mode of z. Weights that follow the step, so that the function stands still,
-take `W <- W T^-1`.
+so a rule is a choice of (scale, shift, gain), and of whether its rows are demeaned; nothing else. T acts from the left,
+on the rows of R; each factor of R has a T of its own, from the rows of its own mode of z. Weights that follow the step,
+so that the function stands still, take `W <- W T^-1`.
 
 When there are fewer rows than features, M is never formed: `M R = z^T (z R) / n` takes 6 n d^2 FLOP with the rows'
 own z, instead of 4 n d^2 + 2 d^3.
@@ -144,12 +144,12 @@ def step_factors(
         kappa: weight of the variance error.
     """
     z = mix(x, [factor.mT for factor in factors])
-    gain = _norm_gain(x, z, len(factors)) if rule == "crgd" else x.new_ones(len(x), 1, 1)
+    gain = _norm_gain(x, z, len(factors)) if RULES[rule].keeps_norm else x.new_ones(len(x), 1, 1)
     transitions = []
     for mode, width in enumerate(z.shape[2:]):
         other_modes = z[0, 0].numel() // width
         moment = Moment.of(unfold_mode(z, mode), count * other_modes)
-        scale, shift = RULES[rule](moment.variance, kappa)
+        scale, shift = RULES[rule].terms(moment.variance, kappa)
         transitions.append(Transition(moment, scale, shift, _bounded(decor_lr, moment, scale, shift), gain))
     return Step([t.advance(f) for t, f in zip(transitions, factors, strict=True)], transitions)
 
@@ -182,8 +182,17 @@ def _crgd(variance: Tensor, kappa: float) -> tuple[float, Tensor]:
     return 1.0, variance
 
 
-RULES: dict[RuleName, Callable[[Tensor, float], tuple[float, Tensor]]] = {
-    "dbp": _dbp,
-    "dbp-normalized": _dbp_normalized,
-    "crgd": _crgd,
+@dataclass(frozen=True)
+class Rule:
+    """A rule: `terms(variance, kappa)` gives (scale, shift); the gain keeps the norm of z at that of x, or is 1."""
+
+    terms: Callable[[Tensor, float], tuple[float, Tensor]]
+    keeps_norm: bool = False
+    demeans: bool = False
+
+
+RULES: dict[RuleName, Rule] = {
+    "dbp": Rule(_dbp),
+    "dbp-normalized": Rule(_dbp_normalized),
+    "crgd": Rule(_crgd, keeps_norm=True, demeans=True),
 }

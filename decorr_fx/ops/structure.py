@@ -3,8 +3,9 @@
 One convention holds everywhere. A conv or linear maps rows of `C_in * taps` features, channel-major, as
 `weight.flatten(1)` and `F.unfold` order them. R works on *stacks* of such rows:
 
-    weight   [stacks, d_out, *modes]        rows   [stacks, n, *modes]        factor i of R   [stacks, modes[i],
-    modes[i]]
+    weight   [stacks, d_out, *modes]
+    rows     [stacks, n, *modes]
+    factor i of R   [stacks, modes[i], modes[i]]
 
 where `stacks = groups * blocks` counts the independent matrices R, and `modes` is `(d,)` for one dense matrix or
 `(channels, taps)` for a Kronecker pair. Three examples:
@@ -105,10 +106,10 @@ def _with(plain: Layout, blocks: int, paired: bool) -> Layout:
 
 
 def _blocks(channels: int, most: int) -> int:
-    """Return the fewest equal blocks of at most `most` channels (of one, where not even that fits)."""
-    return next(
-        blocks for blocks in range(1, channels + 1) if channels % blocks == 0 and channels // blocks <= max(most, 1)
-    )
+    """Return the fewest equal blocks of at most `most` channels; one where only slivers are equal, as of a prime."""
+    most = max(most, 1)
+    widths = (width for width in range(min(most, channels), most // 4, -1) if channels % width == 0)
+    return channels // next(widths, channels)
 
 
 def stack_weight(W: Tensor, layout: Layout) -> Tensor:

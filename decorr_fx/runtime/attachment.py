@@ -51,16 +51,16 @@ def check_checkpoint(module: nn.Module, state_dict: Mapping[str, Any], prefix: s
         if not isinstance(site, Site):
             continue
         found = {key for key in state_dict if key.startswith(f"{prefix}{name}.")}
-        for key, own in site.state_dict(prefix=f"{prefix}{name}.").items():
-            if not isinstance(own, Tensor) or not found:
-                continue
-            _check_entry(site.spec.fqn, key, own, state_dict.get(key), found)
+        expected = site.state_dict(prefix=f"{prefix}{name}.")
+        for key in sorted(found | expected.keys()) if found else []:
+            _check_entry(site.spec.fqn, key, expected.get(key), state_dict.get(key))
 
 
-def _check_entry(fqn: str, key: str, own: Tensor, saved: object, found: set[str]) -> None:
+def _check_entry(fqn: str, key: str, own: object, saved: object) -> None:
     advice = "transform the model with the config that the checkpoint was trained with"
-    if not isinstance(saved, Tensor):
-        raise CheckpointError(f"layer {fqn!r}: the checkpoint has {sorted(found)} but not {key!r}; {advice}")
+    if not isinstance(saved, Tensor) or not isinstance(own, Tensor):
+        problem = "is not in the checkpoint" if isinstance(own, Tensor) else "of the checkpoint is not in the model"
+        raise CheckpointError(f"layer {fqn!r}: {key!r} {problem}; {advice}")
     if saved.shape != own.shape:
         shapes = f"shape {list(saved.shape)} in the checkpoint and {list(own.shape)} in the model"
         raise CheckpointError(f"layer {fqn!r}: {key!r} has {shapes}; {advice}")

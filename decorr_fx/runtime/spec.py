@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.ops.record import ConvGeometry
+from decorr_fx.ops.rules import RULES
 from decorr_fx.ops.structure import Layout
 
 
@@ -30,7 +31,7 @@ class SiteSpec:
     @property
     def demeaned(self) -> bool:
         """Whether the rule sees rows with their running mean subtracted."""
-        return self.centered or self.config.rule == "crgd"
+        return self.centered or RULES[self.config.rule].demeans
 
     @property
     def factor_names(self) -> tuple[str, ...]:

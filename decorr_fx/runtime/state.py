@@ -1,13 +1,14 @@
 """A site: one weight whose input is decorrelated, with the factors of its R and the rows recorded for the next step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 from decorr_fx.ops.record import record_conv, record_linear
 from decorr_fx.ops.rules import Step, step_factors
@@ -31,6 +32,10 @@ class Slot:
         tensor: Tensor = getattr(self.owner, self.name)
         return tensor
 
+    def find(self) -> nn.Parameter | None:
+        """Return the parameter that is there now, or None where it was removed or replaced by something computed."""
+        return self.owner._parameters.get(self.name)
+
 
 class Site(nn.Module):
     """The factors of R of one weight, and the buffer of rows for their next step.
@@ -47,9 +52,10 @@ class Site(nn.Module):
     losses: Tensor
     mean: Tensor
 
-    def __init__(self, spec: SiteSpec, weight: Slot, bias: Slot | None) -> None:
+    def __init__(self, spec: SiteSpec, weight_path: str, weight: Slot, bias: Slot | None) -> None:
         super().__init__()
         self.spec = spec
+        self.weight_path = weight_path  # from the module that this one is a child of
         self.weight_slot = weight
         self.bias_slot = bias
         self.paused = False
@@ -64,8 +70,10 @@ class Site(nn.Module):
         for name in ("steps", "refused"):
             self.register_buffer(name, torch.zeros((), device=device, dtype=torch.int64))
         width = layout.groups * layout.d
-        self.register_buffer("rows", torch.zeros(slots, width, device=device, dtype=dtype), persistent=False)
-        self.register_buffer("seen", torch.zeros((), device=device, dtype=torch.int64), persistent=False)
+        # rows wait for the next move of R; with update_every at 1 there are none after a step of the optimizer
+        waiting = spec.config.update_every > 1
+        self.register_buffer("rows", torch.zeros(slots, width, device=device, dtype=dtype), persistent=waiting)
+        self.register_buffer("seen", torch.zeros((), device=device, dtype=torch.int64), persistent=waiting)
         self.register_buffer("losses", torch.zeros(2, device=device, dtype=dtype), persistent=False)
         LIVE_SITES.add(self)
 
@@ -111,15 +119,14 @@ class Site(nn.Module):
         """Move R by one step on the rows recorded since the last one, and forget them.
 
         A step without rows does nothing. One whose rows or results are not finite is refused and counted. With
-        `update_every` above 1 the steps between are without effect, and their rows are dropped: after a step of the
-        optimizer there is then never a row that a checkpoint would have to hold. Nothing here waits for the device.
+        `update_every` above 1 the steps between collect rows only. Nothing here waits for the device.
         """
         decor_lr = self.spec.config.lr_at(self.attempts // self.spec.config.update_every)
         self.attempts += 1
         if self.attempts % self.spec.config.update_every == 0:
             with torch.no_grad(), _full_precision(self.rows.device):
                 self._move(decor_lr)
-        self.forget()
+            self.forget()
 
     def forget(self) -> None:
         """Drop the rows recorded so far."""
@@ -188,13 +195,21 @@ class Site(nn.Module):
         """Restore what `get_extra_state` returned."""
         self.attempts = int(state)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self.forget()
-        else:  # the checkpoint of a plain model: its weights are already W R with R the identity
+    def expect(self, checkpoint: Mapping[str, Any], prefix: str, name: str) -> None:
+        """Set R to the identity where the checkpoint has the weight and no R: its weight then acts on plain inputs.
+
+        `prefix` is that of the layer which has this site as its child `name`.
+        """
+        if prefix + self.weight_path in checkpoint and not _has(checkpoint, f"{prefix}{name}."):
             with torch.no_grad():
                 self.reset()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if not _has(state_dict, prefix):
+            return  # the checkpoint of a plain model, or a part of one: nothing of ours is missing
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.spec.config.update_every == 1:
+            self.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Site":
         before = dict(self._buffers)
@@ -207,6 +222,7 @@ class Site(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.paused = False
         LIVE_SITES.add(self)  # a deep copy, or an unpickled one
 
     def extra_repr(self) -> str:
@@ -219,9 +235,13 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
     return (module for module in model.modules() if isinstance(module, Site))
 
 
+def _has(state_dict: Mapping[str, Any], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in state_dict)
+
+
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()

@@ -28,7 +28,7 @@ def follow_optimizers() -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    step_sites(site for site in list(LIVE_SITES) if id(site.weight_slot.get()) in owned)
+    step_sites(site for site in list(LIVE_SITES) if id(site.weight_slot.find()) in owned)
 
 
 def step_sites(sites: Iterator[Site]) -> None:
@@ -38,9 +38,14 @@ def step_sites(sites: Iterator[Site]) -> None:
         DistributedError: there are several ranks, each of which would move R by its own rows.
     """
     for site in sites:
-        if not site.paused and site.weight_slot.get().requires_grad:
+        weight = site.weight_slot.find()
+        if weight is None or site.paused:
+            continue
+        if weight.requires_grad:
             _check_one_rank(site)
             site.step()
+        else:
+            site.forget()
 
 
 def _check_one_rank(site: Site) -> None:

@@ -92,6 +92,7 @@ def test_folding_is_differentiable_in_the_weight_and_in_the_factors() -> None:
         (nn.Linear(25088, 10, device="meta"), "full", 512, "full"),
         (nn.Conv2d(1024, 16, 3), "kronecker", 512, "kronecker"),
         (nn.Conv2d(64, 16, 3), "block", 90, "block x8"),
+        (nn.Linear(1031, 4), "auto", 256, "full"),  # a prime: nothing but slivers would be equal blocks
     ],
 )  # fmt: skip
 def test_the_structure_is_chosen_as_the_docs_say(layer: nn.Module, structure: str, max_dim: int, expected: str) -> None:

@@ -50,6 +50,8 @@ def test_a_batch_of_one_still_gives_a_dynamic_file_and_a_fixed_one_stays_fixed(t
     assert decorr_fx.export_onnx(model, tmp_path / "a.onnx", x[:1]).batch_sizes == (1, 2)
     fixed = decorr_fx.export_onnx(model, str(tmp_path / "b.onnx"), (x,), dynamic_batch=False)
     assert fixed.batch_sizes == (len(x),)
+    half = decorr_fx.export_onnx(model.half(), tmp_path / "c.onnx", x.half())
+    assert 1e-5 < half.max_error < 1e-2
     dims = onnx.load(fixed.path).graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_value for d in dims] == list(x.shape)
 
@@ -123,6 +125,20 @@ class TestErrors:
 
         with pytest.raises(ExportError, match=r"torch.onnx.export failed"):
             decorr_fx.export_onnx(decorr_fx.transform(Branching()), tmp_path / "model.onnx", torch.randn(3, 4))
+        assert not list(tmp_path.iterdir())
+
+    def test_a_nan_in_any_output_is_a_mismatch(self) -> None:
+        one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+        assert export._relative_error(nan, one) == float("inf")
+        assert export._relative_error(nan, nan) == 0
+        masked = torch.tensor([2.0, -float("inf")])
+        assert export._relative_error(masked, masked) == 0
+        assert export._relative_error(one, masked) == float("inf")
+
+    def test_weights_that_onnxruntime_cannot_run(self, tmp_path: Path) -> None:
+        model = decorr_fx.transform(nn.Sequential(nn.Conv2d(3, 2, 3))).bfloat16()
+        with pytest.raises(ExportError, match="onnx refuses the exported file"):
+            decorr_fx.export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
         assert not list(tmp_path.iterdir())
 
     def test_a_missing_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -242,6 +243,23 @@ def test_centering_needs_a_bias_and_the_report_says_so() -> None:
     x = 5 + torch.randn(30, 4)
     train(model, x, lr=0.001)
     assert relative(decorr_fx.fold(model)(x), model.eval()(x)) < 1e-5
+
+
+def test_a_child_that_was_transformed_on_its_own_folds_with_its_parent() -> None:
+    model = nn.Sequential(decorr_fx.transform(nn.Sequential(nn.Linear(6, 6))), nn.Linear(6, 2))
+    x = torch.randn(9, 6)
+    train(model, x)
+    folded = decorr_fx.fold(model)
+    assert relative(folded(x), model.eval()(x)) < 1e-5
+    assert vars(folded[0]).keys() == vars(nn.Sequential()).keys()
+    assert not folded[0]._load_state_dict_pre_hooks
+
+
+def test_what_cannot_be_copied_is_an_error_that_says_so() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.lock = threading.Lock()
+    with pytest.raises(decorr_fx.ModelError, match=r"Sequential cannot be copied: cannot pickle '_thread.lock'"):
+        decorr_fx.transform(model)
 
 
 def test_the_mean_of_a_padded_convolution_counts_its_zeros() -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.utils import prune
 
 import decorr_fx
-from decorr_fx import CheckpointError, ConfigError, DecorrConfig, NotTransformedError
+from decorr_fx import CheckpointError, ConfigError, DecorrConfig, LayerError, ModelError, NotTransformedError
 from decorr_fx.runtime.state import LIVE_SITES, sites_of
 
 
@@ -70,6 +71,63 @@ def test_a_step_never_waits_for_the_device(rule: str, structure: str) -> None:
             optimizer.step()
         with pytest.raises(DataDependentOutputException):
             decorr_fx.stats(model)
+
+
+def test_update_every_counts_steps_of_the_optimizer_also_without_a_forward() -> None:
+    """A layer that is used at every other step, or an optimizer that wraps another, must not fall between the moves."""
+    model = two_layers(update_every=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(6):
+        one_step(model, torch.randn(9, 5))
+        optimizer.step()
+    assert decorr_fx.stats(model)[0].steps == 6
+
+
+def test_frozen_layers_forget_their_rows() -> None:
+    model = two_layers()
+    model[0].requires_grad_(False)
+    one_step(model, torch.randn(9, 5))
+    assert model[0].weight_decorr.seen == 0
+
+
+def test_a_copy_made_while_paused_is_not_paused() -> None:
+    model = two_layers()
+    with decorr_fx.paused(model):
+        other = copy.deepcopy(model)
+    one_step(other, torch.randn(9, 5))
+    assert decorr_fx.stats(other)[0].steps == 1
+
+
+def test_a_partial_checkpoint_resets_only_what_it_holds() -> None:
+    model = two_layers()
+    x = torch.randn(9, 5)
+    one_step(model, x)
+    expected = model(x)
+    model.load_state_dict({"2.bias": model[2].bias.clone(), "other.weight": torch.ones(2)}, strict=False)
+    assert torch.equal(model(x), expected)
+    model.load_state_dict({"0.weight": model[0].weight.clone()}, strict=False)
+    assert torch.equal(model[0].weight_decorr.R[0], torch.eye(5))
+    assert not torch.equal(model[2].weight_decorr.R[0], torch.eye(4))
+
+
+def test_a_weight_that_was_pruned_after_the_transform_cannot_be_folded() -> None:
+    model = two_layers()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    one_step(model, torch.randn(9, 5), lr=0.1)
+    assert decorr_fx.stats(model)[0].steps == 0
+    with pytest.raises(LayerError, match="layer '0': its weight was pruned or parametrized after transform"):
+        decorr_fx.fold(model)
+
+
+def test_an_optimizer_of_another_model_is_not_disturbed() -> None:
+    model = two_layers()
+    del model[0].weight
+    one_step(two_layers(), torch.randn(9, 5))
+
+
+def test_a_forward_on_the_meta_device() -> None:
+    model = decorr_fx.transform(nn.Linear(5, 4)).to("meta")
+    assert model(torch.randn(3, 5, device="meta")).shape == (3, 4)
 
 
 def test_update_every_moves_R_at_every_third_step() -> None:
@@ -176,9 +234,12 @@ class TestCheckpointErrors:
     def test_R_of_another_structure(self) -> None:
         conv = nn.Sequential(nn.Conv1d(4, 4, 3))
         pair = decorr_fx.transform(conv, DecorrConfig(structure="kronecker")).state_dict()
-        self.refused(
-            decorr_fx.transform(conv), pair, "but not '0.weight_decorr.R'; transform the model with the config"
-        )
+        self.refused(decorr_fx.transform(conv), pair, "'0.weight_decorr.A' of the checkpoint is not in the model")
+
+    def test_a_checkpoint_with_a_mean(self) -> None:
+        centered = two_layers(center=True).state_dict()
+        self.refused(two_layers(), centered, "layer '0': '0.weight_decorr.mean' of the checkpoint is not in the model")
+        self.refused(two_layers(center=True), two_layers().state_dict(), "mean' is not in the checkpoint")
 
     def test_R_that_is_not_finite(self) -> None:
         checkpoint = everything(two_layers())
@@ -193,6 +254,8 @@ def test_verbs_that_need_a_transformed_model_say_so(verb: object) -> None:
     for plain in (nn.Linear(2, 2), folded):
         with pytest.raises(NotTransformedError):
             verb(plain)
+    with pytest.raises(ModelError, match=r"expected a torch.nn.Module, got str"):
+        verb("resnet18")
 
 
 def test_the_gradient_of_the_decorrelated_weight_and_of_the_shifted_bias() -> None:

@@ -1,0 +1,185 @@
+"""What a graph would lose without an error is found, and its module is left alone with the reason."""
+
+import copy
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import decorr_fx
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad
+
+
+def custom_backward(self: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(Straight.apply(x), self.weight)
+
+
+def without_gradient(self: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.linear(x, self.weight)
+
+
+def without_autocast(self: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.linear(x, self.weight)
+
+
+def counting(self: nn.Module, x: Tensor) -> Tensor:
+    self.calls += 1
+    return F.linear(x, self.weight)
+
+
+def counting_in_a_buffer(self: nn.Module, x: Tensor) -> Tensor:
+    self.count += 1
+    return F.linear(x, self.weight)
+
+
+def remembering(self: nn.Module, x: Tensor) -> Tensor:
+    self.last = F.linear(x, self.weight)
+    return self.last
+
+
+def chance(self: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight) * (0.0 if random.random() < 0.5 else 1.0)
+
+
+def noisy(self: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight * (1 + torch.randn(4, 4)))
+
+
+def constant(self: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight * torch.tensor(0.5))
+
+
+def asks_for_type(self: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x if isinstance(x, Tensor) else x[0], self.weight)
+
+
+def optional_output(self: nn.Module, x: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return F.linear(x, self.weight), x if other is None else other
+
+
+def optional_pair(self: nn.Module, x: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    y = F.linear(x, self.weight)
+    return y * 2 if a is not None and b is None else y
+
+
+def scaled_by_plain_tensor(self: nn.Module, x: Tensor) -> Tensor:
+    self.scale += 1
+    return F.linear(x, self.weight) * self.scale
+
+
+REFUSED = {
+    custom_backward: "a backward of its own",
+    without_gradient: "changes the grad mode",
+    without_autocast: "or autocast",
+    counting: r"sets attributes or makes constants \(calls\)",
+    counting_in_a_buffer: r"count|cannot assign",
+    remembering: r"\(last\)",
+    chance: "draws random numbers",
+    noisy: "draws random numbers|_tensor_constant",
+    constant: "_tensor_constant",
+    asks_for_type: r"asks for types \(isinstance\)",
+    optional_output: "whether other is given",
+    optional_pair: "whether b is given|whether a is given",
+}
+
+
+def module_with(forward: Callable[..., object]) -> nn.Module:
+    cls = type("Module", (nn.Module,), {"forward": forward})
+    module = cls()
+    module.weight = nn.Parameter(torch.randn(4, 4))
+    module.calls = 0
+    module.scale = torch.ones(4)
+    module.register_buffer("count", torch.zeros(()))
+    return module
+
+
+@pytest.mark.parametrize("forward", REFUSED, ids=lambda f: f.__name__)
+def test_a_forward_that_a_graph_would_change_runs_as_it_is(forward: Callable[..., object]) -> None:
+    plain = nn.ModuleDict({"it": module_with(forward), "site": nn.Linear(4, 4)})
+    before = copy.deepcopy(plain.state_dict())
+    state = random.getstate(), torch.get_rng_state()
+    model = decorr_fx.transform(plain)
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+    (skipped,) = decorr_fx.report(model).skipped
+    assert skipped.fqn == "it"
+    with pytest.raises(AssertionError, match=REFUSED[forward]):
+        raise AssertionError(skipped.reason)
+    assert type(model["it"]) is type(plain["it"])
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+
+
+def test_tracing_does_not_change_plain_tensors_of_the_model() -> None:
+    plain = nn.ModuleDict({"it": module_with(scaled_by_plain_tensor), "site": nn.Linear(4, 4)})
+    decorr_fx.report(plain)
+    decorr_fx.transform(plain)
+    assert torch.equal(plain["it"].scale, torch.ones(4))
+
+
+def test_a_replaced_forward_and_a_graph_module_are_left_alone() -> None:
+    plain = nn.ModuleDict({"it": nn.Linear(4, 4), "site": nn.Linear(4, 4)})
+    plain["it"].forward = lambda x: x
+    (skipped,) = decorr_fx.report(plain).skipped
+    assert "replaced on the instance" in skipped.reason
+    traced = torch.fx.symbolic_trace(module_with(lambda self, x: F.linear(x, self.weight)))
+    (skipped,) = decorr_fx.report(nn.ModuleDict({"it": traced, "site": nn.Linear(4, 4)})).skipped
+    assert "it is a GraphModule" in skipped.reason
+
+
+def test_a_child_s_weight_that_an_untraceable_forward_reads_is_left_alone() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.body(x), self.body.weight) if x.sum() > 0 else x
+
+    model = nn.ModuleDict({"root": Root(), "site": nn.Linear(4, 4)})
+    reasons = {record.fqn: record.reason for record in decorr_fx.report(model).skipped}
+    assert "may be read by the forward of 'root'" in reasons["root.body"]
+
+
+def test_weights_in_a_container_are_sites() -> None:
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ws = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.ws[0]), self.ws[1])
+
+    model = decorr_fx.transform(Lists())
+    assert [site.fqn for site in decorr_fx.report(model).sites] == ["ws.0", "ws.1"]
+    x = torch.randn(7, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(x).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(decorr_fx.fold(model)(x), model(x))
+
+
+def test_a_user_s_module_with_a_parametrization_is_seen() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    module = module_with(lambda self, x: F.linear(x, self.weight))
+    parametrize.register_parametrization(module, "weight", Doubled())
+    assert len(decorr_fx.report(module).sites) == 1
