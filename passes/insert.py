@@ -8,8 +8,8 @@ from torch.func import functional_call
 
 from decorr_fx.passes.base import Graphs, Pass, as_graph_layer, copy_sharing_tensors
 from decorr_fx.passes.check import check_model
-from decorr_fx.passes.match import each
-from decorr_fx.passes.plan import Plan, SitePlan, Use
+from decorr_fx.passes.match import Use, each
+from decorr_fx.passes.plan import Plan, SitePlan
 from decorr_fx.runtime.attachment import attach
 from decorr_fx.runtime.state import Site, Slot, sites_of
 

@@ -72,6 +72,20 @@ class Call:
         return str(bias.target) if direct else None
 
 
+@dataclass(frozen=True)
+class Use:
+    """One call of a site's weight: in the train or eval graph of the layer `piece`."""
+
+    piece: str
+    training: bool
+    call: Call
+
+    @property
+    def parameter_fqn(self) -> str:
+        """Name of the parameter in the whole model."""
+        return f"{self.piece}.{self.call.source.path}" if self.piece else self.call.source.path
+
+
 def is_call(node: fx.Node) -> bool:
     """Tell whether the node calls a conv or a linear."""
     return node.op == "call_function" and node.target in CALLS

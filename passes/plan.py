@@ -15,27 +15,11 @@ from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import LayerError, ModelError
 from decorr_fx.ops.structure import choose_layout
 from decorr_fx.passes.choose import Settings
-from decorr_fx.passes.faithful import names_in_forward
-from decorr_fx.passes.match import CALLS, Call, Unmatched, is_call, match_call
+from decorr_fx.passes.match import CALLS, Unmatched, Use, is_call, match_call
+from decorr_fx.passes.readers import Readers, check_exclusive, find_readers
 from decorr_fx.passes.trace import OPAQUE, Traced, trace_model
 from decorr_fx.runtime.report import SkippedRecord
 from decorr_fx.runtime.spec import SiteSpec
-
-Readers = dict[int, list[tuple[str, fx.Node]]]  # for the id of every parameter: who reads it, by piece and node
-
-
-@dataclass(frozen=True)
-class Use:
-    """One call of a site's weight: in the train or eval graph of the layer `piece`."""
-
-    piece: str
-    training: bool
-    call: Call
-
-    @property
-    def parameter_fqn(self) -> str:
-        """Name of the parameter in the whole model."""
-        return f"{self.piece}.{self.call.source.path}" if self.piece else self.call.source.path
 
 
 @dataclass(frozen=True)
@@ -66,14 +50,14 @@ def make_plan(model: nn.Module, settings: Settings) -> Plan:
     traced = trace_model(model)
     skipped = [*_opaque_layers(traced), *_failed_layers(traced)]
     by_parameter = _uses_by_parameter(traced, skipped)
-    readers = _readers(traced)
+    readers = find_readers(traced)
     sites = []
     for uses in by_parameter:
         fqn = _layer_name(uses[0].parameter_fqn)
         try:
             config = settings.choose(model.get_submodule(uses[0].piece), fqn)
             _check_dtype(fqn, uses[0].call.source.parameter)
-            _check_exclusive(traced, uses, readers)
+            check_exclusive(uses, readers)
             centered = config.center and _has_own_bias(traced, uses, readers)
             sites.append(SitePlan(_specify(fqn, uses, config, centered), tuple(uses)))
         except Unmatched as reason:
@@ -127,49 +111,6 @@ def _check_dtype(fqn: str, weight: Tensor) -> None:
                               f"leave it alone with overrides={{{fqn!r}: None}}")  # fmt: skip
 
 
-def _readers(traced: Traced) -> Readers:
-    """Return, for every parameter, the nodes of all graphs that read it."""
-    readers: Readers = {}
-    for piece, graphs in traced.graphs.items():
-        module = traced.scratch.get_submodule(piece)
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        for node in [*graphs.train.nodes, *graphs.evaluate.nodes]:
-            if node.op == "get_attr" and node.target in parameters:
-                readers.setdefault(id(parameters[node.target]), []).append((piece, node))
-    return readers
-
-
-def _check_exclusive(traced: Traced, uses: list[Use], readers: Readers) -> None:
-    """Refuse a parameter that anything but the matched calls reads: folding R into it would change that reader."""
-    parameter = uses[0].call.source.parameter
-    calls = {use.call.node for use in uses}
-    known = calls.union(*(use.call.source.between for use in uses))
-    for piece, node in readers.get(id(parameter), []):
-        for user in node.users:
-            if user not in known:
-                raise Unmatched(f"its weight is also read by {user.name!r} in {piece or '(root)'!r}")
-    for node in known - calls:
-        for user in node.users:
-            if user not in known:
-                raise Unmatched(f"what is computed from its weight is also used by {user.name!r}")
-    inside_calls = {use.parameter_fqn for use in uses if use.call.source.inner}
-    for owner_fqn, owner in traced.scratch.named_modules():
-        for name, owned in owner.named_parameters(owner_fqn, recurse=False):
-            is_container = type(owner).forward is nn.Module.forward
-            seen = is_container or owner_fqn in traced.graphs or name in inside_calls
-            if owned is parameter and not seen:
-                raise Unmatched(f"its weight is shared with {owner_fqn!r} ({type(owner).__name__})")
-    for failed in traced.failed:
-        module = traced.scratch.get_submodule(failed)
-        if _reads_weights(module) and any(p is parameter for p in module.parameters()):
-            raise Unmatched(f"its weight may be read by the forward of {failed or '(root)'!r}, which cannot be traced")
-
-
-def _reads_weights(module: nn.Module) -> bool:
-    """Tell whether the forward of a module that cannot be traced names a weight, its own or a child's."""
-    return "weight" in names_in_forward(module)
-
-
 def _has_own_bias(traced: Traced, uses: list[Use], readers: Readers) -> bool:
     """Tell whether the calls of a site have one bias that nothing else reads: a mean can be folded into it."""
     paths = {(use.piece, use.call.bias_path) for use in uses}
@@ -178,7 +119,7 @@ def _has_own_bias(traced: Traced, uses: list[Use], readers: Readers) -> bool:
         return False
     bias = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False)).get(path)
     calls = {use.call.node for use in uses}
-    return bias is not None and all(user in calls for _, node in readers[id(bias)] for user in node.users)
+    return bias is not None and all(user in calls for _, node in readers.nodes[id(bias)] for user in node.users)
 
 
 def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
