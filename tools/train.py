@@ -1,7 +1,7 @@
 """Train with plain backpropagation and with decorrelation, side by side; then fold, export to ONNX and verify.
 
     python tools/train.py                                        digits, a small cnn, both methods: under a minute
-    python tools/train.py --data fashion-mnist --epochs 2        a data set that Debian ships
+    python tools/train.py --data fashion-mnist                   a data set that Debian ships: some minutes
     python tools/train.py --model vit --kappa 0.2 --amp          see --help
 
 Writes metrics.jsonl, curves.png, correlations.png and model.onnx into --out.
