@@ -121,7 +121,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training: the same for both methods")
     group.add_argument("--method", choices=("bp", "decorr", "both"), default="both", help="what to train with")
     group.add_argument("--epochs", type=_positive_int, default=argparse.SUPPRESS,
-                       help="passes over the training set; if not given, 30 for digits and 2 for the others")  # fmt: skip
+                       help="passes over the training set; if not given, 30 for digits, else 2")  # fmt: skip
     group.add_argument("--batch-size", type=_positive_int, default=64, help="images a step")
     group.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam", help="sgd has momentum 0.9")
     group.add_argument("--lr", type=_positive, default=1e-3, help="learning rate at the start; falls linearly to 0")
