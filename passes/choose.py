@@ -23,6 +23,12 @@ class Settings:
     overrides: Overrides
 
     def __post_init__(self) -> None:
+        if self.filter_fn is not None and not callable(self.filter_fn):
+            raise ConfigError(f"filter_fn is {self.filter_fn!r}; use a function of (module, fqn)")
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(
+                f"overrides is {self.overrides!r}; use a dict from regular expressions to configs or None"
+            )
         for pattern, override in self.overrides.items():
             if override is not None and not isinstance(override, DecorrConfig):
                 raise ConfigError(
@@ -30,7 +36,7 @@ class Settings:
                 )
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ConfigError(f"overrides: {pattern!r} is not a regular expression: {error}") from None
 
     def choose(self, module: nn.Module, fqn: str) -> DecorrConfig:

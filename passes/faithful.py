@@ -7,24 +7,35 @@ Python's, an attribute that it sets. A forward that does any of this is refused,
 
 import inspect
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-ASKS_FOR_TYPES = {"isinstance", "is_tensor", "issubclass", "hasattr"}  # a proxy gives the answer of no tensor
+from decorr_fx.passes.source import names_in_forward
+
+# A proxy, and a forward that is traced but once, give the answers of no tensor and of one mode only.
+ASKS = {
+    "isinstance", "issubclass", "is_tensor", "hasattr", "getattr", "type",
+    "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled",
+}  # fmt: skip
 
 
 class LayerTracer(fx.Tracer):
-    """Traces one module's own forward: children are leaves, parameters and buffers are nodes."""
+    """Traces one module's own forward: children are leaves, parameters and buffers are nodes.
+
+    What cannot be traced is kept in `refused`, too: a forward may catch the error and take another way.
+    """
 
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
         super().__init__()
+        self.refused: TraceError | None = None
         self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -34,8 +45,23 @@ class LayerTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, unless it is to run under another grad mode or autocast, as in a context or a custom backward."""
         if _modes() != self._modes:
-            raise TraceError("it changes the grad mode or autocast, or has a backward of its own")
+            self._refuse("it changes the grad mode or autocast, or has a backward of its own")
         return super().create_node(*args, **kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refuse to branch on a value."""
+        return self._refuse("it branches on a value that is only known when it runs")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Refuse to loop over a value, except where the number of its parts is written in the code."""
+        try:
+            return super().iter(obj)
+        except TraceError as error:
+            return self._refuse(str(error))
+
+    def _refuse(self, reason: str) -> NoReturn:
+        self.refused = TraceError(reason)
+        raise self.refused
 
 
 def trace_faithfully(module: nn.Module) -> fx.Graph:
@@ -48,18 +74,12 @@ def trace_faithfully(module: nn.Module) -> fx.Graph:
         raise TraceError("it is a GraphModule; transform the module that it was traced from")
     if "forward" in vars(module):
         raise TraceError("its forward was replaced on the instance")
-    asked = ASKS_FOR_TYPES & names_in_forward(module)
+    asked = ASKS & names_in_forward(module)
     if asked:
-        raise TraceError(f"it asks for types ({', '.join(sorted(asked))})")
+        raise TraceError(f"it asks for types or modes ({', '.join(sorted(asked))})")
     graph = _trace_without_traces(module, {})
     _check_optional_arguments(module, graph)
     return graph
-
-
-def names_in_forward(module: nn.Module) -> set[str]:
-    """Return the names of all that the code of the forward itself reads and calls."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return set(code.co_names) if code else set()
 
 
 def _check_optional_arguments(module: nn.Module, graph: fx.Graph) -> None:
@@ -73,11 +93,13 @@ def _check_optional_arguments(module: nn.Module, graph: fx.Graph) -> None:
 
 def _trace_without_traces(module: nn.Module, fixed: dict[str, None]) -> fx.Graph:
     """Trace the forward; raise where that drew a random number or changed an attribute, and undo the first."""
-    before = _attributes(module)
+    before, tracer = _attributes(module), LayerTracer()
     with _random_numbers_watched():
-        graph = LayerTracer().trace(module, concrete_args=fixed or None)
+        graph = tracer.trace(module, concrete_args=fixed or None)
+    if tracer.refused:
+        raise tracer.refused
     after = _attributes(module)
-    changed = {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     if changed:
         raise TraceError(f"it sets attributes or makes constants ({', '.join(sorted(changed))})")
     return graph
@@ -85,18 +107,29 @@ def _trace_without_traces(module: nn.Module, fixed: dict[str, None]) -> fx.Graph
 
 @contextmanager
 def _random_numbers_watched() -> Iterator[None]:
+    numpy: Any = sys.modules.get("numpy")  # torch works without it
     python, torch_state = random.getstate(), torch.get_rng_state()
-    yield
-    drawn = random.getstate() != python or not torch.equal(torch.get_rng_state(), torch_state)
-    random.setstate(python)
-    torch.set_rng_state(torch_state)
-    if drawn:
-        raise TraceError("it draws random numbers while it is traced")
+    numpy_state = numpy.random.get_state(legacy=False) if numpy else None
+    try:
+        yield
+        same = random.getstate() == python and torch.equal(torch.get_rng_state(), torch_state)
+        if not same or (numpy and str(numpy.random.get_state(legacy=False)) != str(numpy_state)):
+            raise TraceError("it draws random numbers while it is traced")
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(torch_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
 
 
-def _attributes(module: nn.Module) -> dict[str, object]:
-    """Return what is set on the module: attributes, parameters, buffers and children."""
-    return {**vars(module), **module._parameters, **module._buffers, **module._modules}
+def _attributes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the identity of all that is set on the module and below it, and of the parts of lists and dicts."""
+    found = {}
+    for fqn, owner in module.named_modules():
+        for name, value in {**vars(owner), **owner._parameters, **owner._buffers, **owner._modules}.items():
+            parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            found[f"{fqn}.{name}".lstrip(".")] = (id(value), *(id(part) for _, part in parts))
+    return found
 
 
 def _steps(graph: fx.Graph) -> list[str]:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from decorr_fx.errors import LayerError, NotTransformedError
+from decorr_fx.errors import NotTransformedError
 from decorr_fx.passes.base import GraphLayer, Pass, as_plain_layer, copy_model, plain_tensors
 from decorr_fx.runtime.attachment import detach
 from decorr_fx.runtime.state import Site, sites_of
@@ -18,11 +18,7 @@ class FoldDecorrelation(Pass[nn.Module]):
                 f"{type(model).__name__} has no decorrelated layer: it is plain, or was folded already; use it as it is"
             )
         for site in sites_of(model):
-            if not isinstance(site.weight_slot.find(), nn.Parameter):
-                raise LayerError(
-                    site.spec.fqn,
-                    "its weight was pruned or parametrized after transform; undo that, fold, and do it again",
-                )
+            site.check_weight()
 
     def call(self, model: nn.Module) -> nn.Module:
         """Fold every site into the parameters of a copy."""

@@ -64,7 +64,8 @@ def _site_name(use: Use) -> str:
 def _make_site(model: nn.Module, plan: SitePlan) -> Site:
     use = plan.uses[0]
     bias = _slot(model, use, use.call.bias_path) if plan.spec.centered and use.call.bias_path else None
-    return Site(plan.spec, use.call.source.path, _slot(model, use, use.call.source.path), bias)
+    weights = dict.fromkeys(_slot(model, use, use.call.source.path) for use in plan.uses)
+    return Site(plan.spec, use.call.source.path, tuple(weights), bias)
 
 
 def _slot(model: nn.Module, use: Use, path: str) -> Slot:

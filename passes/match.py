@@ -236,6 +236,7 @@ def _keeps_features(compute: nn.Module, path: str, value: Tensor, layout: Layout
 
 def _distance_to_rows(rows: Tensor, base: Tensor) -> Tensor:
     """Return how far `rows` are from the lines along the same rows of `base`."""
+    rows, base = (t - t.mean(-1, keepdim=True) for t in (rows, base))  # a standardised weight has its mean taken out
     length = (rows * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(min=1e-30)
     distance: Tensor = (rows - length * base).norm()
     return distance

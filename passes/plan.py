@@ -119,7 +119,9 @@ def _has_own_bias(traced: Traced, uses: list[Use], readers: Readers) -> bool:
         return False
     bias = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False)).get(path)
     calls = {use.call.node for use in uses}
-    return bias is not None and all(user in calls for _, node in readers.nodes[id(bias)] for user in node.users)
+    if bias is None or readers.owners[id(bias)] or id(bias) in readers.unseen:
+        return False
+    return all(user in calls for _, node in readers.nodes[id(bias)] for user in node.users)
 
 
 def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:

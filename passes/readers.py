@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from decorr_fx.passes.faithful import names_in_forward
 from decorr_fx.passes.match import Unmatched, Use
+from decorr_fx.passes.source import METADATA, parameters_in_forward
 from decorr_fx.passes.trace import Traced
 
 
@@ -15,7 +15,7 @@ class Readers:
     """Who reads a parameter, by its id.
 
     `nodes`: (piece, node) in the graphs. `owners`: (name of the parameter, the module) of modules that hold it and show
-    no graph. `unseen`: a module whose forward cannot be traced and names some weight of its own or of a child.
+    no graph. `unseen`: a module whose forward cannot be traced and names that parameter.
     """
 
     nodes: dict[int, list[tuple[str, fx.Node]]] = field(default_factory=lambda: defaultdict(list))
@@ -38,8 +38,7 @@ def find_readers(traced: Traced) -> Readers:
             readers.owners[id(parameter)].append((name, f"{owner_fqn!r} ({type(owner).__name__})"))
     for failed in traced.failed:
         module = traced.scratch.get_submodule(failed)
-        if "weight" in names_in_forward(module):
-            readers.unseen.update({id(parameter): failed or "(root)" for parameter in module.parameters()})
+        readers.unseen.update({id(parameter): failed or "(root)" for parameter in parameters_in_forward(module)})
     return readers
 
 
@@ -50,11 +49,11 @@ def check_exclusive(uses: list[Use], readers: Readers) -> None:
     known = calls.union(*(use.call.source.between for use in uses))
     for piece, node in readers.nodes[key]:
         for user in node.users:
-            if user not in known:
+            if user not in known and not _reads_metadata(user):
                 raise Unmatched(f"its weight is also read by {user.name!r} in {piece or '(root)'!r}")
     for node in known - calls:
         for user in node.users:
-            if user not in known:
+            if user not in known and not _reads_metadata(user):
                 raise Unmatched(f"what is computed from its weight is also used by {user.name!r}")
     inside_calls = {use.parameter_fqn for use in uses if use.call.source.inner}
     for name, owner in readers.owners[key]:
@@ -62,3 +61,9 @@ def check_exclusive(uses: list[Use], readers: Readers) -> None:
             raise Unmatched(f"its weight is shared with {owner}")
     if key in readers.unseen:
         raise Unmatched(f"its weight may be read by the forward of {readers.unseen[key]!r}, which cannot be traced")
+
+
+def _reads_metadata(node: fx.Node) -> bool:
+    """Tell whether the node reads what R does not change: the type, the device or the shape."""
+    name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+    return name in METADATA

@@ -27,12 +27,13 @@ BELOW = {
 }
 PASSES = {
     "base": set(),
-    "faithful": set(),
+    "source": set(),
+    "faithful": {"source"},
     "trace": {"base", "faithful"},
     "match": set(),
     "choose": {"match"},
     "check": set(),
-    "readers": {"trace", "faithful", "match"},
+    "readers": {"trace", "source", "match"},
     "plan": {"trace", "match", "choose", "readers"},
     "insert": {"base", "match", "plan", "check"},
     "fold": {"base"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
+from decorr_fx.errors import LayerError
 from decorr_fx.ops.record import record_conv, record_linear
 from decorr_fx.ops.rules import Step, step_factors
 from decorr_fx.ops.structure import fold_weight, stack_rows, stack_weight, unstack_weight
@@ -52,15 +53,15 @@ class Site(nn.Module):
     losses: Tensor
     mean: Tensor
 
-    def __init__(self, spec: SiteSpec, weight_path: str, weight: Slot, bias: Slot | None) -> None:
+    def __init__(self, spec: SiteSpec, weight_path: str, weights: tuple[Slot, ...], bias: Slot | None) -> None:
         super().__init__()
         self.spec = spec
         self.weight_path = weight_path  # from the module that this one is a child of
-        self.weight_slot = weight
+        self.weight_slot, *self.tied_slots = weights
         self.bias_slot = bias
         self.paused = False
         self.attempts = 0  # of the optimizer, on the host: which of them move R, and decor_lr, depend on it
-        like = weight.get()
+        like = self.weight_slot.get()
         device, dtype = like.device, _at_least_float32(like.dtype)
         layout, slots = spec.layout, spec.config.max_samples
         for name, side in zip(spec.factor_names, layout.modes, strict=True):
@@ -127,6 +128,19 @@ class Site(nn.Module):
             with torch.no_grad(), _full_precision(self.rows.device):
                 self._move(decor_lr)
             self.forget()
+
+    def check_weight(self) -> None:
+        """Raise where the weight is not the one parameter any more that R was made for.
+
+        Raises:
+            LayerError: it was pruned or parametrized after `transform`, or weights that were tied are not tied now.
+        """
+        weight = self.weight_slot.find()
+        if weight is None:
+            problem = "its weight was pruned or parametrized after transform; undo that, fold, and do it again"
+            raise LayerError(self.spec.fqn, problem)
+        if any(slot.find() is not weight for slot in self.tied_slots):
+            raise LayerError(self.spec.fqn, "the weights that were tied to it are not any more; tie them again")
 
     def forget(self) -> None:
         """Drop the rows recorded so far."""

@@ -43,6 +43,7 @@ def step_sites(sites: Iterator[Site]) -> None:
             continue
         if weight.requires_grad:
             _check_one_rank(site)
+            site.check_weight()
             site.step()
         else:
             site.forget()

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import decorr_fx
+from decorr_fx.passes.source import parameters_in_forward
 
 
 class Straight(torch.autograd.Function):
@@ -79,6 +81,39 @@ def optional_pair(self: nn.Module, x: Tensor, a: Tensor | None = None, b: Tensor
     return y * 2 if a is not None and b is None else y
 
 
+def numpy_chance(self: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight) * float(np.random.rand())
+
+
+def catches(self: nn.Module, x: Tensor) -> Tensor:
+    try:
+        flip = bool(x.sum() > 0)
+    except Exception:
+        flip = False
+    return F.linear(-x if flip else x, self.weight)
+
+
+def logging_in_a_list(self: nn.Module, x: Tensor) -> Tensor:
+    self.log.append(1)
+    return F.linear(x, self.weight)
+
+
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor)
+
+
+def asks_in_a_helper(self: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x if _is_tensor(x) else x[0], self.weight)
+
+
+def asks_in_a_generator(self: nn.Module, *xs: Tensor) -> Tensor:
+    return F.linear(xs[0] if all(isinstance(x, Tensor) for x in xs) else -xs[0], self.weight)
+
+
+def asks_for_the_mode(self: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight) * (1 if torch.is_grad_enabled() else 2)
+
+
 def scaled_by_plain_tensor(self: nn.Module, x: Tensor) -> Tensor:
     self.scale += 1
     return F.linear(x, self.weight) * self.scale
@@ -94,7 +129,13 @@ REFUSED = {
     chance: "draws random numbers",
     noisy: "draws random numbers|_tensor_constant",
     constant: "_tensor_constant",
-    asks_for_type: r"asks for types \(isinstance\)",
+    asks_for_type: r"asks for types or modes \(isinstance\)",
+    asks_in_a_helper: "asks for types",
+    asks_in_a_generator: "asks for types",
+    asks_for_the_mode: "is_grad_enabled",
+    numpy_chance: "draws random numbers",
+    catches: "branches on a value",
+    logging_in_a_list: "log",
     optional_output: "whether other is given",
     optional_pair: "whether b is given|whether a is given",
 }
@@ -105,6 +146,7 @@ def module_with(forward: Callable[..., object]) -> nn.Module:
     module = cls()
     module.weight = nn.Parameter(torch.randn(4, 4))
     module.calls = 0
+    module.log = []
     module.scale = torch.ones(4)
     module.register_buffer("count", torch.zeros(()))
     return module
@@ -155,6 +197,49 @@ def test_a_child_s_weight_that_an_untraceable_forward_reads_is_left_alone() -> N
     model = nn.ModuleDict({"root": Root(), "site": nn.Linear(4, 4)})
     reasons = {record.fqn: record.reason for record in decorr_fx.report(model).skipped}
     assert "may be read by the forward of 'root'" in reasons["root.body"]
+    assert "root.head.0" not in reasons
+
+
+def test_how_an_untraceable_forward_reads_a_weight() -> None:
+    def read_by(forward: Callable[..., object]) -> set[str]:
+        module = type(
+            "Root", (nn.Module,), {"forward": forward, "helper": lambda self, x: F.linear(x, self.q.weight)}
+        )()
+        module.q, module.k = nn.Linear(4, 4), nn.Linear(4, 4)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        return {names[id(parameter)] for parameter in parameters_in_forward(module)}
+
+    every = {"q.weight", "q.bias", "k.weight", "k.bias"}
+    assert read_by(lambda self, x: self.q(x)) == set()
+    assert read_by(lambda self, x: x.to(self.q.weight.dtype)) == set()
+    assert read_by(lambda self, x: F.linear(x, self.q.weight)) == {"q.weight"}
+    assert read_by(lambda self, x: self.helper(x)) == {"q.weight"}
+    assert read_by(lambda self, x: [F.linear(x, layer.weight) for layer in (self.q, self.k)]) == every
+    assert read_by(lambda self, x: x + self.k.bias) == {"k.bias"}
+
+
+def test_reading_the_type_or_shape_of_a_weight_does_no_harm() -> None:
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.q(x.to(self.q.weight.dtype)), self.w).view(-1, self.q.weight.shape[0])
+
+    assert len(decorr_fx.report(Typed()).sites) == 2
+
+
+def test_random_generators_stand_still_also_where_tracing_fails() -> None:
+    def fails(self: nn.Module, x: Tensor) -> Tensor:
+        return F.linear(x + torch.randn(4), self.weight) if x.sum() > random.random() else x
+
+    plain = nn.ModuleDict({"it": module_with(fails), "site": nn.Linear(4, 4)})
+    state = random.getstate(), torch.get_rng_state()
+    decorr_fx.transform(plain)
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
 
 
 def test_weights_in_a_container_are_sites() -> None:

@@ -210,6 +210,12 @@ class TestErrors:
             decorr_fx.transform(small_cnn(), overrides={"0": False})
         with pytest.raises(ConfigError, match="config is 3"):
             decorr_fx.transform(small_cnn(), 3)
+        with pytest.raises(ConfigError, match="overrides is"):
+            decorr_fx.transform(small_cnn(), overrides=["0"])
+        with pytest.raises(ConfigError, match="not a regular expression"):
+            decorr_fx.transform(small_cnn(), overrides={0: None})
+        with pytest.raises(ConfigError, match="filter_fn is '0'"):
+            decorr_fx.transform(small_cnn(), filter_fn="0")
 
     def test_an_error_leaves_the_model_as_it_was(self) -> None:
         model = Functional()

@@ -262,6 +262,12 @@ def test_what_cannot_be_copied_is_an_error_that_says_so() -> None:
         decorr_fx.transform(model)
 
 
+def test_a_bias_that_something_else_holds_is_not_shifted() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    model[1].bias = model[0].bias
+    assert decorr_fx.report(model, DecorrConfig(center=True)).sites[0].note.startswith("not centred")
+
+
 def test_the_mean_of_a_padded_convolution_counts_its_zeros() -> None:
     """Folding is exact at the border too: the mean is that of the patches, not of the pixels."""
     model = decorr_fx.transform(nn.Conv2d(2, 3, 3, padding=1), DecorrConfig(center=True, decor_lr=0.1))

@@ -119,6 +119,25 @@ def test_a_weight_that_was_pruned_after_the_transform_cannot_be_folded() -> None
         decorr_fx.fold(model)
 
 
+def test_weights_that_are_not_tied_any_more_are_an_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    checkpoint = {key: value.clone() for key, value in model.state_dict().items()}
+    transformed = decorr_fx.transform(model)
+    transformed.load_state_dict(checkpoint, assign=True)
+    with pytest.raises(LayerError, match="layer '0': the weights that were tied to it are not any more"):
+        decorr_fx.fold(transformed)
+
+
+def test_a_checkpoint_with_rows_that_are_not_finite_still_loads() -> None:
+    model = two_layers(update_every=2)
+    with torch.no_grad():
+        model(torch.full((3, 5), float("inf")))
+    other = two_layers(update_every=2)
+    other.load_state_dict(model.state_dict())
+    assert other[0].weight_decorr.seen == 3
+
+
 def test_an_optimizer_of_another_model_is_not_disturbed() -> None:
     model = two_layers()
     del model[0].weight
