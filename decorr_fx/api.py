@@ -1,7 +1,6 @@
 """The verbs. Each one is: check, run these passes, return."""
 
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import ConfigError, ModelError, NotTransformedError
+from decorr_fx.passes.base import copy_model
 from decorr_fx.passes.check import check_model
 from decorr_fx.passes.choose import Filter, Overrides, Settings
 from decorr_fx.passes.export import ExportOnnx, ExportReport, example_tuple
@@ -61,6 +61,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     Raises:
         NotTransformedError: the model is plain, or was folded already.
+        LayerError: a weight was pruned, parametrized or untied after `transform`.
     """
     return FoldDecorrelation()(_unwrapped(model))
 
@@ -89,7 +90,7 @@ def export_onnx(
     """
     model = _unwrapped(model)
     transformed = next(sites_of(model), None) is not None
-    plain = FoldDecorrelation()(model) if transformed else deepcopy(model)
+    plain = FoldDecorrelation()(model) if transformed else copy_model(model, shared=[])
     return ExportOnnx(Path(path), example_tuple(example_inputs), dynamic_batch, verify)(plain.eval())
 
 
@@ -114,7 +115,7 @@ def report(
             raise ConfigError("the model is transformed already: report(model) alone tells what was done")
         return Report(tuple(site_records(inner)), skipped_of(inner))
     plan = _plan(check_model(model), config, filter_fn, overrides)
-    return Report(tuple(SiteRecord.of(site.spec) for site in plan.sites), plan.skipped)
+    return Report(tuple(SiteRecord.of(site.spec, site.element_size) for site in plan.sites), plan.skipped)
 
 
 def stats(model: nn.Module) -> Stats:
@@ -133,12 +134,14 @@ def step(model: nn.Module) -> None:
 
     Raises:
         NotTransformedError: the model is plain.
+        DistributedError: there are several ranks.
+        LayerError: a weight was untied after `transform`.
     """
     stepper.step_sites(sites_of(_transformed(model)))
 
 
 def paused(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which no R of the model moves; what is recorded inside is dropped at its end.
+    """Return a context in which no R of the model moves; rows not used by its end are dropped.
 
     Raises:
         NotTransformedError: the model is plain.

@@ -107,6 +107,8 @@ class ExportOnnx(Pass[ExportReport]):
         try:
             session = onnxruntime.InferenceSession(str(file), providers=_providers(onnxruntime))
             errors = [self._error(model, session, size) for size in sizes]
+        except ExportError:  # the model itself does not run at this batch size, and says so
+            raise
         except Exception as error:  # onnxruntime has no base class of its errors
             raise ExportError(f"onnxruntime cannot run the file: {_first_line(error)}") from error
         allowed = _tolerance(model)

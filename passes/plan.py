@@ -29,6 +29,11 @@ class SitePlan:
     spec: SiteSpec
     uses: tuple[Use, ...]
 
+    @property
+    def element_size(self) -> int:
+        """Bytes of one number of R: R is float32 at least."""
+        return max(4, self.uses[0].call.source.parameter.element_size())
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -36,7 +36,7 @@ class SiteRecord:
     note: str = ""
 
     @classmethod
-    def of(cls, spec: SiteSpec, element_size: int = 4) -> "SiteRecord":
+    def of(cls, spec: SiteSpec, element_size: int) -> "SiteRecord":
         """Describe a site by its specification; `element_size` is the bytes of one number of R."""
         layout = spec.layout
         size = element_size * layout.stacks * sum(side * side for side in layout.modes)

@@ -42,8 +42,8 @@ class Site(nn.Module):
     """The factors of R of one weight, and the buffer of rows for their next step.
 
     `record` and `decorrelate` are what the graph calls; `step` is called between an optimizer's step and the next
-    forward. Factors and counters are saved with the model; recorded rows are not. Factors and rows are float32 at
-    least, whatever the model is cast to.
+    forward. Factors and counters are saved with the model; recorded rows only where `update_every` above 1 lets them
+    wait from step to step. Factors and rows are float32 at least, whatever the model is cast to.
     """
 
     steps: Tensor

@@ -59,7 +59,7 @@ def _check_one_rank(site: Site) -> None:
 
 @contextmanager
 def paused_sites(model: nn.Module) -> Iterator[None]:
-    """Keep every R of the model where it is; rows recorded meanwhile are dropped at the end."""
+    """Keep every R of the model where it is; rows that were not used by the end are dropped."""
     held = [site for site in sites_of(model) if not site.paused]
     for site in held:
         site.paused = True

@@ -141,6 +141,21 @@ class TestErrors:
             decorr_fx.export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
         assert not list(tmp_path.iterdir())
 
+    def test_a_model_that_runs_at_one_batch_size_only(self, tmp_path: Path) -> None:
+        class OnlyThree(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layer(x.reshape(3, 4))
+
+        model = decorr_fx.transform(OnlyThree())
+        with pytest.raises(ExportError, match=r"dynamic_batch=False|does not accept the example inputs"):
+            decorr_fx.export_onnx(model, tmp_path / "model.onnx", torch.randn(3, 4))
+        assert not list(tmp_path.iterdir())
+        decorr_fx.export_onnx(model, tmp_path / "model.onnx", torch.randn(3, 4), dynamic_batch=False)
+
     def test_a_missing_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
         with pytest.raises(ExportError, match=r"pip install 'decorr_fx\[onnx\]'"):

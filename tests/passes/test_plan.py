@@ -25,6 +25,8 @@ def test_the_report_is_the_plan_before_and_the_fact_after() -> None:
     plan = decorr_fx.report(plain, **arguments)
     fact = decorr_fx.report(decorr_fx.transform(plain, **arguments))
     assert plan == fact
+    double = nn.Linear(4, 4).double()
+    assert decorr_fx.report(double) == decorr_fx.report(decorr_fx.transform(double))
     first = plan.sites[0]
     assert (first.fqn, first.kind, first.d, first.groups, first.structure) == ("0", "conv2d", 27, 1, "kronecker")
     assert first.bytes == 4 * (3 * 3 + 9 * 9)
