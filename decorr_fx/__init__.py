@@ -13,6 +13,7 @@ from decorr_fx.errors import (
     NotTransformedError,
     PassError,
 )
+from decorr_fx.passes.adapters import register_layer
 from decorr_fx.passes.export import ExportReport
 from decorr_fx.runtime.report import Report, SiteRecord, SiteStats, SkippedRecord, Stats
 
@@ -38,6 +39,7 @@ __all__ = [
     "export_onnx",
     "fold",
     "paused",
+    "register_layer",
     "report",
     "stats",
     "step",

@@ -18,7 +18,7 @@ from decorr_fx.passes.insert import InsertDecorrelation
 from decorr_fx.passes.plan import Plan, make_plan
 from decorr_fx.runtime import stepper
 from decorr_fx.runtime.attachment import skipped_of
-from decorr_fx.runtime.report import Report, SiteRecord, Stats, collect_stats, site_records
+from decorr_fx.runtime.report import Report, Stats, collect_stats, describe, site_records
 from decorr_fx.runtime.state import sites_of
 
 
@@ -115,7 +115,8 @@ def report(
             raise ConfigError("the model is transformed already: report(model) alone tells what was done")
         return Report(tuple(site_records(inner)), skipped_of(inner))
     plan = _plan(check_model(model), config, filter_fn, overrides)
-    return Report(tuple(SiteRecord.of(site.spec, site.element_size) for site in plan.sites), plan.skipped)
+    records = (record for site in plan.sites for record in describe(site.spec, site.element_size))
+    return Report(tuple(records), plan.skipped)
 
 
 def stats(model: nn.Module) -> Stats:

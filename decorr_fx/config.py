@@ -34,6 +34,7 @@ class DecorrConfig:
             without one is run uncentred; `report` says so.
         preserve_function: let W follow each step of R, so that the step leaves the network's function where it was.
         max_dim: largest side of a factor of R that `auto` and `block` choose.
+        share_inputs: let layers that read the same input, as q, k and v do, share one R and one recording.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -49,6 +50,7 @@ class DecorrConfig:
     center: bool = False
     preserve_function: bool = True
     max_dim: int = 256
+    share_inputs: bool = True
 
     def __post_init__(self) -> None:
         self._one_of("rule", get_args(RuleName))
@@ -59,7 +61,7 @@ class DecorrConfig:
         self._between("sample_fraction", math.ulp(0.0), 1.0)  # above 0: no row would ever be recorded
         for name in ("max_samples", "update_every", "max_dim"):
             self._positive_int(name)
-        for name in ("center", "preserve_function"):
+        for name in ("center", "preserve_function", "share_inputs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use True or False")
 

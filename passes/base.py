@@ -1,15 +1,16 @@
-"""What the passes share: one checked contract, copies of a model, and the layer whose forward is a graph.
+"""What the passes share: one checked contract, copies of a model, and the layer that runs on decorrelated weights.
 
-A module that calls a conv or a linear becomes a *graph layer*: the same object layout, parameter names and attributes,
-with its class replaced by a subclass whose forward runs one of two `torch.fx` graphs, picked by `.train()` and
-`.eval()`. All other modules keep their own forward, so that hooks, control flow and direct calls of submodules go on
-working.
+A module that calls a conv or a linear becomes a *decorrelated layer*: the same object layout, parameter names and
+attributes, with its class replaced by a subclass. The forward of that runs one of two `torch.fx` graphs, picked by
+`.train()` and `.eval()`; where no graph is faithful to the module's own forward, it runs that with W R in the place of
+W. All other modules are left as they are, so that hooks, control flow and direct calls of submodules go on working.
 """
 
 import linecache
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property, wraps
 from itertools import count
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from decorr_fx.errors import ModelError, PassError
 from decorr_fx.runtime.state import Site
+from decorr_fx.runtime.watch import Read, run_watched
 
 Result = TypeVar("Result")
 _file_numbers = count()
@@ -87,7 +89,7 @@ def plain_tensors(model: nn.Module) -> list[Tensor]:
 
 
 class Graphs:
-    """The train and the eval graph of one layer's forward. A copy of a model shares them: they hold no tensor."""
+    """The train and the eval graph of one module's forward. A copy of a model shares them: they hold no tensor."""
 
     def __init__(self, train: fx.Graph, evaluate: fx.Graph) -> None:
         self.train = train
@@ -101,20 +103,46 @@ class Graphs:
         """The forwards of train and eval mode, generated once, after the last change of the graphs."""
         return _generate_forward(self.train), _generate_forward(self.evaluate)
 
+    def bind(self, plain_class: type[nn.Module]) -> Callable[..., Any]:
+        """Return the forward of a layer that was of `plain_class`."""
+        train_forward, eval_forward = self.forwards
+
+        @wraps(plain_class.forward)
+        def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (train_forward if self_.training else eval_forward)(self_, *args, **kwargs)
+
+        return forward
+
     def __getstate__(self) -> dict[str, Any]:
         return {"train": self.train, "evaluate": self.evaluate}
 
 
-class GraphLayer:
-    """Mixed into a layer's class by `as_graph_layer`: the forward runs a graph of the layer's own."""
+@dataclass(frozen=True)
+class Watched:
+    """A forward that runs as it is, with W R in the place of the weights of `reads`."""
+
+    reads: tuple[Read, ...]
+
+    def bind(self, plain_class: type[nn.Module]) -> Callable[..., Any]:
+        """Return the forward of a layer that was of `plain_class`."""
+
+        @wraps(plain_class.forward)
+        def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return run_watched(self_, self.reads, plain_class.forward, args, kwargs)
+
+        return forward
+
+
+class DecorrelatedLayer:
+    """Mixed into a module's class by `as_decorrelated_layer`: the forward runs graphs of its own, or is watched."""
 
     plain_class: ClassVar[type[nn.Module]]
+    run: ClassVar[Graphs | Watched]
     _modules: dict[str, nn.Module | None]
-    graphs: ClassVar[Graphs]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: tuple[Any, ...] = tuple(super().__reduce_ex__(protocol))[2:]
-        return (_new_graph_layer, (self.plain_class, self.graphs), *state)
+        return (_new_layer, (self.plain_class, self.run), *state)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, site in self._modules.items():
@@ -123,30 +151,28 @@ class GraphLayer:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
-def as_graph_layer(module: nn.Module, graphs: Graphs) -> None:
-    """Let the module's forward run the graphs from now on; `as_plain_layer` undoes it."""
-    module.__class__ = _graph_layer_class(type(module), graphs)
+def as_decorrelated_layer(module: nn.Module, run: Graphs | Watched) -> None:
+    """Let the module's forward run so from now on; `as_plain_layer` undoes it."""
+    module.__class__ = _layer_class(type(module), run)
 
 
 def as_plain_layer(module: nn.Module) -> None:
-    """Give a graph layer its own class back."""
-    if isinstance(module, GraphLayer):
+    """Give a decorrelated layer its own class back, and take its sites from it."""
+    for name in [name for name, child in module.named_children() if isinstance(child, Site)]:
+        delattr(module, name)
+    for name in [name for name, value in vars(module).items() if isinstance(value, Site)]:  # another module's
+        del vars(module)[name]
+    if isinstance(module, DecorrelatedLayer):
         setattr(module, "__class__", module.plain_class)  # noqa: B010 - mypy knows the mixed class only
 
 
-def _graph_layer_class(plain_class: type[nn.Module], graphs: Graphs) -> type[nn.Module]:
-    train_forward, eval_forward = graphs.forwards
-
-    @wraps(plain_class.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (train_forward if self.training else eval_forward)(self, *args, **kwargs)
-
-    members = {"forward": forward, "plain_class": plain_class, "graphs": graphs, "__module__": __name__}
-    return type(f"Decorrelated{plain_class.__name__}", (GraphLayer, plain_class), members)
+def _layer_class(plain_class: type[nn.Module], run: Graphs | Watched) -> type[nn.Module]:
+    members = {"forward": run.bind(plain_class), "plain_class": plain_class, "run": run, "__module__": __name__}
+    return type(f"Decorrelated{plain_class.__name__}", (DecorrelatedLayer, plain_class), members)
 
 
-def _new_graph_layer(plain_class: type[nn.Module], graphs: Graphs) -> nn.Module:
-    layer_class = _graph_layer_class(plain_class, graphs)
+def _new_layer(plain_class: type[nn.Module], run: Graphs | Watched) -> nn.Module:
+    layer_class = _layer_class(plain_class, run)
     return layer_class.__new__(layer_class)
 
 

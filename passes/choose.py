@@ -8,7 +8,7 @@ from torch import nn
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import ConfigError
-from decorr_fx.passes.match import Unmatched
+from decorr_fx.passes.source import Unmatched
 
 Filter = Callable[[nn.Module, str], bool]
 Overrides = Mapping[str, DecorrConfig | None]

@@ -6,6 +6,7 @@ Python's, an attribute that it sets. A forward that does any of this is refused,
 """
 
 import inspect
+import pickle
 import random
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from decorr_fx.passes.source import names_in_forward
+from decorr_fx.passes.code import names_in_forward
 
 # A proxy, and a forward that is traced but once, give the answers of no tensor and of one mode only.
 ASKS = {
@@ -64,18 +65,14 @@ class LayerTracer(fx.Tracer):
         raise self.refused
 
 
-def trace_faithfully(module: nn.Module) -> fx.Graph:
-    """Return the graph of the module's forward.
+def trace_faithfully(module: nn.Module, trusted: bool) -> fx.Graph:
+    """Return the graph of the module's forward; one that is `trusted`, an adapter, may ask for types and modes.
 
     Raises:
         TraceError: the forward does what a graph would lose; the message says what.
     """
-    if isinstance(module, fx.GraphModule):
-        raise TraceError("it is a GraphModule; transform the module that it was traced from")
-    if "forward" in vars(module):
-        raise TraceError("its forward was replaced on the instance")
     asked = ASKS & names_in_forward(module)
-    if asked:
+    if asked and not trusted:
         raise TraceError(f"it asks for types or modes ({', '.join(sorted(asked))})")
     graph = _trace_without_traces(module, {})
     _check_optional_arguments(module, graph)
@@ -87,7 +84,7 @@ def _check_optional_arguments(module: nn.Module, graph: fx.Graph) -> None:
     optional = [p.name for p in inspect.signature(module.forward).parameters.values() if p.default is None]
     for missing in [optional, *([name] for name in optional)] if optional else []:
         without = _trace_without_traces(module, dict.fromkeys(missing))
-        if _steps(without) != _steps(graph):
+        if _steps(without, missing) != _steps(graph, missing):
             raise TraceError(f"it depends on whether {', '.join(missing)} is given")
 
 
@@ -106,20 +103,36 @@ def _trace_without_traces(module: nn.Module, fixed: dict[str, None]) -> fx.Graph
 
 
 @contextmanager
-def _random_numbers_watched() -> Iterator[None]:
-    numpy: Any = sys.modules.get("numpy")  # torch works without it
-    python, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_state = numpy.random.get_state(legacy=False) if numpy else None
+def random_numbers_kept() -> Iterator[None]:
+    """Set the random generators of Python, torch and numpy back to where they were."""
+    before = _random_states()
     try:
         yield
-        same = random.getstate() == python and torch.equal(torch.get_rng_state(), torch_state)
-        if not same or (numpy and str(numpy.random.get_state(legacy=False)) != str(numpy_state)):
-            raise TraceError("it draws random numbers while it is traced")
     finally:
-        random.setstate(python)
-        torch.set_rng_state(torch_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+        random.setstate(before["python"])
+        torch.set_rng_state(before["torch"])
+        if "numpy" in before:
+            sys.modules["numpy"].random.set_state(before["numpy"])
+
+
+@contextmanager
+def _random_numbers_watched() -> Iterator[None]:
+    with random_numbers_kept():
+        before = _fingerprint()
+        yield
+        if _fingerprint() != before:
+            raise TraceError("it draws random numbers while it is traced")
+
+
+def _random_states() -> dict[str, Any]:
+    numpy: Any = sys.modules.get("numpy")  # torch works without it
+    states = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    return states | ({"numpy": numpy.random.get_state(legacy=False)} if numpy else {})
+
+
+def _fingerprint() -> bytes:
+    states = _random_states()
+    return pickle.dumps((states["python"], states["torch"].tolist(), states.get("numpy")))
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -132,9 +145,14 @@ def _attributes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _steps(graph: fx.Graph) -> list[str]:
-    """Return what the graph does, without its inputs and without the checks on them that tracing adds."""
-    return [str(n.format_node()) for n in graph.nodes if n.op != "placeholder" and "assert" not in n.name]
+def _steps(graph: fx.Graph, missing: list[str]) -> list[tuple[Any, ...]]:
+    """Return what the graph does with None for `missing`, without its inputs and the checks that tracing adds."""
+
+    def name(node: fx.Node) -> Any:
+        return None if node.op == "placeholder" and node.target in missing else node.name
+
+    steps = (n for n in graph.nodes if n.op != "placeholder" and "assert" not in n.name)
+    return [(n.op, str(n.target), str(fx.map_arg((n.args, n.kwargs), name))) for n in steps]
 
 
 def _modes() -> tuple[bool, ...]:

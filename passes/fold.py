@@ -3,7 +3,7 @@
 from torch import nn
 
 from decorr_fx.errors import NotTransformedError
-from decorr_fx.passes.base import GraphLayer, Pass, as_plain_layer, copy_model, plain_tensors
+from decorr_fx.passes.base import DecorrelatedLayer, Pass, as_plain_layer, copy_model, plain_tensors
 from decorr_fx.runtime.attachment import detach
 from decorr_fx.runtime.state import Site, sites_of
 
@@ -18,17 +18,16 @@ class FoldDecorrelation(Pass[nn.Module]):
                 f"{type(model).__name__} has no decorrelated layer: it is plain, or was folded already; use it as it is"
             )
         for site in sites_of(model):
-            site.check_weight()
+            for weight in site.weights:
+                weight.check()
 
     def call(self, model: nn.Module) -> nn.Module:
         """Fold every site into the parameters of a copy."""
         computed = [t for t in plain_tensors(model) if t.grad_fn is not None]  # left by hooks; they cannot be copied
         plain = copy_model(model, computed)
         for site in sites_of(plain):
-            site.fold_into_weight()
+            site.fold_into_weights()
         for module in list(plain.modules()):
-            for name in [name for name, child in module.named_children() if isinstance(child, Site)]:
-                delattr(module, name)
             as_plain_layer(module)
             detach(module)
         return plain
@@ -36,7 +35,7 @@ class FoldDecorrelation(Pass[nn.Module]):
     def ensures(self, model: nn.Module, result: nn.Module) -> None:
         """No module, class or key of ours is left, and nothing else is missing."""
         for fqn, module in result.named_modules():
-            if isinstance(module, Site | GraphLayer):
+            if isinstance(module, Site | DecorrelatedLayer):
                 raise self.broken(fqn, "a part of the transformed model is left")
         sites = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Site)]
         plain = {key for key in model.state_dict() if not any(key.startswith(f"{name}.") for name in sites)}

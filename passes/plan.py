@@ -1,38 +1,46 @@
-"""Planning: which weights become sites and with which settings, and why the other layers do not.
+"""Planning: which weights become sites and with which settings, which share one R, and why the others do not."""
 
-A site is one *parameter*, with all calls that use it: a layer called twice, or two layers with tied weights, share one
-R. A parameter that something else reads too cannot be folded, and is refused with the reason.
-"""
-
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import LayerError, ModelError
 from decorr_fx.ops.structure import choose_layout
 from decorr_fx.passes.choose import Settings
-from decorr_fx.passes.match import CALLS, Unmatched, Use, is_call, match_call
-from decorr_fx.passes.readers import Readers, check_exclusive, find_readers
+from decorr_fx.passes.code import may_multiply
+from decorr_fx.passes.readers import Readers, check_readable, find_other_readers, find_readers, parameters_in_graph
+from decorr_fx.passes.share import Flow, group_by_input
+from decorr_fx.passes.source import Unmatched
 from decorr_fx.passes.trace import OPAQUE, Traced, trace_model
+from decorr_fx.passes.weights import Weight, find_weights
 from decorr_fx.runtime.report import SkippedRecord
-from decorr_fx.runtime.spec import SiteSpec
+from decorr_fx.runtime.spec import SiteSpec, WeightSpec
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """A weight that R is to be applied to, and the modules whose forward runs as it is and reads it."""
+
+    weight: Weight
+    spec: WeightSpec
+    config: DecorrConfig
+    watched_in: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A site to be made: its specification and every use of its weight."""
+    """A site to be made: its specification and its weights."""
 
     spec: SiteSpec
-    uses: tuple[Use, ...]
+    weights: tuple[WeightPlan, ...]
 
     @property
     def element_size(self) -> int:
         """Bytes of one number of R: R is float32 at least."""
-        return max(4, self.uses[0].call.source.parameter.element_size())
+        return max(4, self.weights[0].weight.parameter.element_size())
 
 
 @dataclass(frozen=True)
@@ -53,60 +61,46 @@ def make_plan(model: nn.Module, settings: Settings) -> Plan:
         ConfigError: an override matches no layer.
     """
     traced = trace_model(model)
-    skipped = [*_opaque_layers(traced), *_failed_layers(traced)]
-    by_parameter = _uses_by_parameter(traced, skipped)
+    weights, skipped = _find_weights(traced)
     readers = find_readers(traced)
-    sites = []
-    for uses in by_parameter:
-        fqn = _layer_name(uses[0].parameter_fqn)
+    chosen = []
+    for weight in weights:
         try:
-            config = settings.choose(model.get_submodule(uses[0].piece), fqn)
-            _check_dtype(fqn, uses[0].call.source.parameter)
-            check_exclusive(uses, readers)
-            centered = config.center and _has_own_bias(traced, uses, readers)
-            sites.append(SitePlan(_specify(fqn, uses, config, centered), tuple(uses)))
+            config = settings.choose(model.get_submodule(weight.place.piece), weight.fqn)
+            chosen.append(_plan_weight(weight, config, traced, readers))
         except Unmatched as reason:
-            skipped.append(SkippedRecord(fqn, uses[0].call.kind, str(reason)))
-    skipped = list(dict.fromkeys(skipped))  # the train and the eval graph give the same reasons
-    settings.check_all_match([*(site.spec.fqn for site in sites), *(record.fqn for record in skipped)])
-    if not sites:
+            skipped.append(SkippedRecord(weight.fqn, weight.kind, str(reason)))
+    skipped += [*_opaque_layers(traced), *_unseen_products(traced, weights)]
+    settings.check_all_match([*(plan.weight.fqn for plan in chosen), *(record.fqn for record in skipped)])
+    if not chosen:
         reasons = "".join(f"; {s.fqn or '(root)'}: {s.reason}" for s in skipped[:3])
         raise ModelError(f"{type(model).__name__} has no conv or linear layer to decorrelate{reasons}")
-    return Plan(traced, tuple(sites), tuple(skipped))
+    return Plan(traced, tuple(_sites(chosen, traced)), tuple(skipped))
 
 
-def _uses_by_parameter(traced: Traced, skipped: list[SkippedRecord]) -> list[list[Use]]:
-    """Return the calls of all graphs, by parameter; append those that cannot be sites to `skipped`."""
-    uses: dict[int, list[Use]] = {}
-    for piece, training, node in _calls(traced):
-        try:
-            call = match_call(node, traced.scratch.get_submodule(piece))
-            uses.setdefault(id(call.source.parameter), []).append(Use(piece, training, call))
-        except Unmatched as reason:
-            skipped.append(SkippedRecord(piece, CALLS[node.target][0], str(reason)))  # type: ignore[index]
-    return list(uses.values())
+def _find_weights(traced: Traced) -> tuple[list[Weight], list[SkippedRecord]]:
+    """Find all weights; a module that reads one of them in another way, too, is to run as it is."""
+    weights, skipped = find_weights(traced)
+    others = find_other_readers(weights, traced)
+    if not others:
+        return weights, skipped
+    for piece, reason in others.items():
+        traced.run_as_it_is(piece, reason)
+    return find_weights(traced)
 
 
-def _calls(traced: Traced) -> Iterator[tuple[str, bool, fx.Node]]:
-    for piece, graphs in traced.graphs.items():
-        for training, graph in ((True, graphs.train), (False, graphs.evaluate)):
-            yield from ((piece, training, node) for node in graph.nodes if is_call(node))
-
-
-def _layer_name(parameter_fqn: str) -> str:
-    """Return the name of the layer that a person would give: `fc` for `fc.weight` or its parametrization."""
-    return re.sub(r"(^|\.)(weight|parametrizations\.weight\..*)$", "", parameter_fqn)
-
-
-def _specify(fqn: str, uses: list[Use], config: DecorrConfig, centered: bool) -> SiteSpec:
-    first = uses[0].call
-    for use in uses:
-        if (use.call.layout, use.call.geometry) != (first.layout, first.geometry):
+def _plan_weight(weight: Weight, config: DecorrConfig, traced: Traced, readers: Readers) -> WeightPlan:
+    fqn, watched_in = weight.fqn, tuple(readers.forwards[id(weight.parameter)])
+    _check_dtype(fqn, weight.parameter)
+    check_readable(weight, readers)
+    for use in weight.uses:
+        if (use.call.layout, use.call.geometry) != (weight.layout, weight.geometry):
             raise Unmatched(
                 f"its weight is also used by {use.piece!r}, which reads it in another way ({use.call.kind})"
             )
-    layout = choose_layout(first.layout, config.structure, config.max_dim)
-    return SiteSpec(fqn, first.kind, layout, first.geometry, config, centered)
+    layout = choose_layout(weight.layout, config.structure, config.max_dim)
+    centered = config.center and not watched_in and _has_own_bias(weight, traced, readers)
+    return WeightPlan(weight, WeightSpec(fqn, weight.kind, layout, centered), config, watched_in)
 
 
 def _check_dtype(fqn: str, weight: Tensor) -> None:
@@ -116,17 +110,48 @@ def _check_dtype(fqn: str, weight: Tensor) -> None:
                               f"leave it alone with overrides={{{fqn!r}: None}}")  # fmt: skip
 
 
-def _has_own_bias(traced: Traced, uses: list[Use], readers: Readers) -> bool:
-    """Tell whether the calls of a site have one bias that nothing else reads: a mean can be folded into it."""
-    paths = {(use.piece, use.call.bias_path) for use in uses}
-    piece, path = paths.pop()
+def _has_own_bias(weight: Weight, traced: Traced, readers: Readers) -> bool:
+    """Tell whether the calls of a weight have one bias that nothing else reads: a mean can be folded into it."""
+    paths = {(use.piece, use.call.bias_path) for use in weight.uses}
+    piece, path = paths.pop() if paths else ("", None)
     if paths or path is None:
         return False
     bias = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False)).get(path)
-    calls = {use.call.node for use in uses}
-    if bias is None or readers.owners[id(bias)] or id(bias) in readers.unseen:
+    if bias is None or readers.owners[id(bias)] or readers.forwards[id(bias)] or id(bias) in readers.unseen:
         return False
-    return all(user in calls for _, node in readers.nodes[id(bias)] for user in node.users)
+    return _users_of(bias, traced) <= {use.call.node for use in weight.uses}
+
+
+def _users_of(parameter: Tensor, traced: Traced) -> set[object]:
+    """Return all nodes of all graphs that use the parameter."""
+    users: set[object] = set()
+    for piece, graphs in traced.graphs.items():
+        known = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False))
+        for node in (*graphs.train.nodes, *graphs.evaluate.nodes):
+            if node.op == "get_attr" and known.get(str(node.target)) is parameter:
+                users.update(node.users)
+    return users
+
+
+def _sites(plans: list[WeightPlan], traced: Traced) -> Iterator[SitePlan]:
+    """Join the weights that share their input, and yield a site a group."""
+    flow = Flow.of(traced)
+    by_config: dict[DecorrConfig, list[WeightPlan]] = {}
+    for plan in plans:
+        by_config.setdefault(plan.config, []).append(plan)
+    sites = []
+    for config, group in by_config.items():
+        weights = [plan.weight for plan in group]
+        shared = group_by_input(weights, flow) if config.share_inputs else [[weight] for weight in weights]
+        of = {id(plan.weight): plan for plan in group}
+        sites += [_site([of[id(weight)] for weight in together]) for together in shared]
+    order = {id(plan): number for number, plan in enumerate(plans)}
+    return iter(sorted(sites, key=lambda site: order[id(site.weights[0])]))
+
+
+def _site(plans: list[WeightPlan]) -> SitePlan:
+    first = plans[0]
+    return SitePlan(SiteSpec(tuple(p.spec for p in plans), first.weight.geometry, first.config), tuple(plans))
 
 
 def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
@@ -138,10 +163,14 @@ def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
             yield SkippedRecord(fqn, type(module).__name__, f"{kind} hands raw weights to a kernel of its own{where}")
 
 
-def _failed_layers(traced: Traced) -> Iterator[SkippedRecord]:
-    for fqn, problem in traced.failed.items():
+def _unseen_products(traced: Traced, weights: list[Weight]) -> Iterator[SkippedRecord]:
+    """Yield the modules that multiply in a forward of which too little could be seen to tell by what."""
+    known = {id(weight.parameter) for weight in weights}
+    unseen = {fqn: glimpse.reason for fqn, glimpse in traced.glimpses.items()} | traced.failed
+    for fqn, reason in unseen.items():
         module = traced.scratch.get_submodule(fqn)
         containers = [child for child in module.children() if type(child).forward is nn.Module.forward]
-        owned = [p for owner in (module, *containers) for p in owner.parameters(recurse=False)]
-        if any(parameter.dim() > 1 for parameter in owned):
-            yield SkippedRecord(fqn, type(module).__name__, f"its forward cannot be traced: {problem}")
+        owned = {id(p) for owner in (module, *containers) for p in owner.parameters(recurse=False) if p.dim() > 1}
+        seen = {id(p) for graph in traced.train_graphs(fqn) for p in parameters_in_graph(graph, module)}
+        if owned - known - seen and (fqn in traced.failed or may_multiply(module)):
+            yield SkippedRecord(fqn, type(module).__name__, f"its forward cannot be traced: {reason}")

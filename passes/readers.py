@@ -1,66 +1,94 @@
-"""Readers: who else reads the parameter of a site. What is shared cannot be folded."""
+"""Readers: who else reads a weight. Whatever reads it has to read W R; where that cannot be, the weight is no site."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from decorr_fx.passes.match import Unmatched, Use
-from decorr_fx.passes.source import METADATA, parameters_in_forward
-from decorr_fx.passes.trace import Traced
+from decorr_fx.passes.code import METADATA, parameters_in_forward
+from decorr_fx.passes.source import Unmatched
+from decorr_fx.passes.trace import FUSED, Traced
+from decorr_fx.passes.weights import Weight
 
 
 @dataclass(frozen=True)
 class Readers:
     """Who reads a parameter, by its id.
 
-    `nodes`: (piece, node) in the graphs. `owners`: (name of the parameter, the module) of modules that hold it and show
-    no graph. `unseen`: a module whose forward cannot be traced and names that parameter.
+    `owners`: (name of the parameter, the module) of modules that hold it and show neither graph nor glimpse.
+    `forwards`: modules whose forward runs as it is and reads it. `unseen`: a module that does neither, and names it.
     """
 
-    nodes: dict[int, list[tuple[str, fx.Node]]] = field(default_factory=lambda: defaultdict(list))
     owners: dict[int, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
+    forwards: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     unseen: dict[int, str] = field(default_factory=dict)
 
 
 def find_readers(traced: Traced) -> Readers:
-    """Look through all graphs, owners and failed forwards for who reads which parameter."""
+    """Look through all owners, glimpses and failed forwards for who reads which parameter."""
     readers = Readers()
-    for piece, graphs in traced.graphs.items():
-        parameters = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False))
-        for node in [*graphs.train.nodes, *graphs.evaluate.nodes]:
-            if node.op == "get_attr" and node.target in parameters:
-                readers.nodes[id(parameters[node.target])].append((piece, node))
     for owner_fqn, owner in traced.scratch.named_modules():
-        if type(owner).forward is nn.Module.forward or owner_fqn in traced.graphs:
-            continue  # a container, or a layer whose graph shows what it reads
+        if type(owner).forward is nn.Module.forward or owner_fqn in traced.graphs or owner_fqn in traced.glimpses:
+            continue  # a container, or a layer whose graph shows what it reads, or whose forward can be given W R
         for name, parameter in owner.named_parameters(owner_fqn, recurse=False):
             readers.owners[id(parameter)].append((name, f"{owner_fqn!r} ({type(owner).__name__})"))
-    for failed in traced.failed:
-        module = traced.scratch.get_submodule(failed)
-        readers.unseen.update({id(parameter): failed or "(root)" for parameter in parameters_in_forward(module)})
+    for fqn, seen in traced.glimpses.items():
+        module = traced.scratch.get_submodule(fqn)
+        glimpsed = (p for graph in seen.graphs for p in parameters_in_graph(graph, module))
+        inside = module.parameters() if isinstance(module, FUSED) else ()  # its forward may call its parent's
+        for parameter in {id(p) for p in (*parameters_in_forward(module), *glimpsed, *inside)}:
+            readers.forwards[parameter].append(fqn)
+    for fqn in traced.failed:
+        module = traced.scratch.get_submodule(fqn)
+        readers.unseen.update({id(parameter): fqn or "(root)" for parameter in parameters_in_forward(module)})
     return readers
 
 
-def check_exclusive(uses: list[Use], readers: Readers) -> None:
-    """Refuse a parameter that anything but the matched calls reads: folding R into it would change that reader."""
-    key = id(uses[0].call.source.parameter)
-    calls = {use.call.node for use in uses}
-    known = calls.union(*(use.call.source.between for use in uses))
-    for piece, node in readers.nodes[key]:
-        for user in node.users:
-            if user not in known and not _reads_metadata(user):
-                raise Unmatched(f"its weight is also read by {user.name!r} in {piece or '(root)'!r}")
-    for node in known - calls:
-        for user in node.users:
-            if user not in known and not _reads_metadata(user):
-                raise Unmatched(f"what is computed from its weight is also used by {user.name!r}")
-    inside_calls = {use.parameter_fqn for use in uses if use.call.source.inner}
+def parameters_in_graph(graph: fx.Graph, module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters whose values a graph of `module` reads."""
+    known = dict(module.named_parameters(remove_duplicate=False))
+    for node in graph.nodes:
+        read = node.op == "get_attr" and node.target in known
+        if read and not all(_reads_metadata(user) for user in node.users):
+            yield known[node.target]
+
+
+def find_other_readers(weights: list[Weight], traced: Traced) -> dict[str, str]:
+    """Return the modules whose graph reads a weight in a way that is no matched call, with what shows it."""
+    calls: dict[int, set[fx.Node]] = defaultdict(set)
+    computing: dict[int, set[fx.Node]] = defaultdict(set)  # from the parameter to the weight
+    for weight in weights:
+        for use in weight.uses:
+            calls[id(weight.parameter)].add(use.call.node)
+            computing[id(weight.parameter)] |= {use.call.source.node, *use.call.source.between}
+    others = {}
+    for piece, graphs in traced.graphs.items():
+        known = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False))
+        for node in (*graphs.train.nodes, *graphs.evaluate.nodes):
+            key = id(known.get(str(node.target))) if node.op == "get_attr" else 0
+            if key not in calls:
+                continue
+            for read in (node, *(n for n in computing[key] if n.graph is node.graph)):
+                for user in read.users:
+                    if user not in calls[key] | computing[key] and not _reads_metadata(user):
+                        others[piece] = f"{user.name!r} reads {node.target!r}, too"
+    return others
+
+
+def check_readable(weight: Weight, readers: Readers) -> None:
+    """Refuse a weight that somebody reads who cannot be given W R: folding R into it would change that reader."""
+    key = id(weight.parameter)
+    inside_calls = {use.parameter_fqn for use in weight.uses if use.call.source.inner}
     for name, owner in readers.owners[key]:
         if name not in inside_calls:
             raise Unmatched(f"its weight is shared with {owner}")
     if key in readers.unseen:
         raise Unmatched(f"its weight may be read by the forward of {readers.unseen[key]!r}, which cannot be traced")
+    if readers.forwards[key] and (weight.rows is not None or inside_calls):
+        raise Unmatched(
+            f"its weight is also read by the forward of {readers.forwards[key][0]!r}, which cannot be traced"
+        )
 
 
 def _reads_metadata(node: fx.Node) -> bool:

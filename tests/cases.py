@@ -224,7 +224,7 @@ MODELS = {
     "hand_made_weight_norm": ModelCase(HandMadeWeightNorm, (7, 6), ("v",)),
     "shared": ModelCase(Shared, (7, 6), ("layer",)),
     "tied": ModelCase(Tied, (7, 6), ("first",)),
-    "modes": ModelCase(ModeDependent, (7, 6), ("auxiliary", "")),
+    "modes": ModelCase(ModeDependent, (7, 6), ("", "auxiliary")),
     "control_flow": ModelCase(ControlFlow, (7, 6), ("body.0", "head")),
     "up_sample": ModelCase(UpSample, (2, 3, 10, 9), ("down", "up")),
 }

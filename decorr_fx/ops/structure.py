@@ -158,3 +158,9 @@ def mix(stacked: Tensor, factors: Sequence[Tensor]) -> Tensor:
 def fold_weight(W: Tensor, factors: Sequence[Tensor], layout: Layout) -> Tensor:
     """Return `W R` in the shape of W: the weight that acts on plain inputs as W acts on decorrelated ones."""
     return unstack_weight(mix(stack_weight(W, layout), factors), W.shape, layout)
+
+
+def output_of_mean(W_eff: Tensor, mean: Tensor, layout: Layout) -> Tensor:
+    """Return `W R mu` `[d_out * groups]`, a layer's response to the mean row `mean [stacks, *modes]`."""
+    per_block = (stack_weight(W_eff, layout) * mean[:, None]).flatten(2).sum(2)
+    return per_block.reshape(layout.groups, layout.blocks, layout.d_out).sum(1).flatten()

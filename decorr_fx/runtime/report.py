@@ -21,8 +21,9 @@ class SiteRecord:
         d: features of an input row, per group.
         groups: groups of the convolution.
         structure: structure of R that was chosen.
-        bytes: size of R's factors.
+        bytes: size of R's factors; 0 where R is another layer's.
         flops: extra FLOP of one training step, at `max_samples` rows.
+        shares_with: fqn of the layer with the same input whose R this one uses; empty if it has its own.
         note: what differs from the settings, if anything.
     """
 
@@ -33,21 +34,37 @@ class SiteRecord:
     structure: str
     bytes: int
     flops: int
+    shares_with: str = ""
     note: str = ""
 
-    @classmethod
-    def of(cls, spec: SiteSpec, element_size: int) -> "SiteRecord":
-        """Describe a site by its specification; `element_size` is the bytes of one number of R."""
-        layout = spec.layout
-        size = element_size * layout.stacks * sum(side * side for side in layout.modes)
-        note = "not centred: no bias of its own" if spec.config.center and not spec.centered else ""
-        flops = layout.flops(spec.config.max_samples)
-        return cls(spec.fqn, spec.kind, layout.d, layout.groups, layout.structure, size, flops, note)
+    @property
+    def remark(self) -> str:
+        """What the table says besides the numbers."""
+        shared = f"shares the R of {self.shares_with}" if self.shares_with else ""
+        return "; ".join(part for part in (shared, self.note) if part)
+
+
+def describe(spec: SiteSpec, element_size: int) -> Iterator[SiteRecord]:
+    """Yield one record a layer of a site; `element_size` is the bytes of one number of R."""
+    size = element_size * spec.layout.stacks * sum(side * side for side in spec.layout.modes)
+    for index, weight in enumerate(spec.weights):
+        layout, leads = weight.layout, index == 0
+        yield SiteRecord(
+            fqn=weight.fqn,
+            kind=weight.kind,
+            d=layout.d,
+            groups=layout.groups,
+            structure=layout.structure,
+            bytes=size if leads else 0,
+            flops=layout.flops(spec.config.max_samples if leads else 0),  # without rows: folding W alone
+            shares_with="" if leads else spec.fqn,
+            note="not centred: no bias of its own" if spec.config.center and not weight.centered else "",
+        )
 
 
 @dataclass(frozen=True)
 class SkippedRecord:
-    """One conv or linear layer (or one that hides some) that is left as it is, and why."""
+    """One conv or linear layer (or a module that holds some) that is left as it is, and why."""
 
     fqn: str
     kind: str
@@ -64,7 +81,7 @@ class Report:
     def __str__(self) -> str:
         """Return the table."""
         rows = [
-            [s.fqn or "(root)", s.kind, s.d, s.groups, s.structure, f"{s.bytes:,}", f"{s.flops / 1e6:,.2f}", s.note]
+            [s.fqn or "(root)", s.kind, s.d, s.groups, s.structure, f"{s.bytes:,}", f"{s.flops / 1e6:,.2f}", s.remark]
             for s in self.sites
         ]
         headers = ["layer", "kind", "d", "groups", "R", "bytes of R", "MFLOP per step", "note"]
@@ -105,8 +122,9 @@ class Stats(tuple[SiteStats, ...]):
 
 
 def site_records(model: nn.Module) -> Iterator[SiteRecord]:
-    """Yield one record a site of a transformed model."""
-    return (SiteRecord.of(site.spec, site.rows.element_size()) for site in sites_of(model))
+    """Yield one record a decorrelated layer of a transformed model."""
+    for site in sites_of(model):
+        yield from describe(site.spec, site.rows.element_size())
 
 
 def collect_stats(sites: Iterable[Site]) -> Stats:

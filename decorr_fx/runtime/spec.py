@@ -9,29 +9,51 @@ from decorr_fx.ops.structure import Layout
 
 
 @dataclass(frozen=True)
-class SiteSpec:
-    """The layer, the reading of its weight, and the settings.
+class WeightSpec:
+    """One weight that R is applied to.
 
     Attributes:
-        fqn: fully qualified name of the layer.
+        fqn: fully qualified name of the layer; of a part of a packed weight the parameter's, with the rows of the part.
         kind: `linear`, `conv2d`, `conv_transpose1d`, ...
         layout: how the weight is read as rows, and the structure of R.
-        geometry: where the taps of a convolution fall; None for a linear.
-        config: the settings.
         centered: the mean is subtracted in the forward and folded into the bias.
     """
 
     fqn: str
     kind: str
     layout: Layout
+    centered: bool
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One R: the weights that it is applied to, which all read the same input, and the settings.
+
+    Attributes:
+        weights: one, or those of several layers that share their input; their layouts differ in `d_out` and in the
+            order in which they are stored, and in nothing else. The first one gives the site its name.
+        geometry: where the taps of a convolution fall; None for a linear.
+        config: the settings.
+    """
+
+    weights: tuple[WeightSpec, ...]
     geometry: ConvGeometry | None
     config: DecorrConfig
-    centered: bool
+
+    @property
+    def fqn(self) -> str:
+        """Name of the site: that of its first layer."""
+        return self.weights[0].fqn
+
+    @property
+    def layout(self) -> Layout:
+        """How rows of the input are read."""
+        return self.weights[0].layout
 
     @property
     def demeaned(self) -> bool:
         """Whether the rule sees rows with their running mean subtracted."""
-        return self.centered or RULES[self.config.rule].demeans
+        return any(weight.centered for weight in self.weights) or RULES[self.config.rule].demeans
 
     @property
     def factor_names(self) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
-"""A site: one weight whose input is decorrelated, with the factors of its R and the rows recorded for the next step."""
+"""A site: one R with the weights that it is applied to, its factors, and the rows recorded for its next step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -10,36 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
-from decorr_fx.errors import LayerError
-from decorr_fx.ops.record import record_conv, record_linear
+from decorr_fx.ops.calls import one_each
+from decorr_fx.ops.record import ConvGeometry, record_conv, record_linear
 from decorr_fx.ops.rules import Step, step_factors
-from decorr_fx.ops.structure import fold_weight, stack_rows, stack_weight, unstack_weight
+from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
 from decorr_fx.runtime.spec import SiteSpec
+from decorr_fx.runtime.weight import Weight
 
 MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
 
 LIVE_SITES: "WeakSet[Site]" = WeakSet()  # every site there is, copies included: the optimizer hook looks here
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A parameter by its place, so that it is found again after a copy, a load or a move of its module."""
-
-    owner: nn.Module
-    name: str
-
-    def get(self) -> Tensor:
-        """Return the tensor that is there now."""
-        tensor: Tensor = getattr(self.owner, self.name)
-        return tensor
-
-    def find(self) -> nn.Parameter | None:
-        """Return the parameter that is there now, or None where it was removed or replaced by something computed."""
-        return self.owner._parameters.get(self.name)
-
-
 class Site(nn.Module):
-    """The factors of R of one weight, and the buffer of rows for their next step.
+    """The factors of one R, the weights that it is applied to, and the buffer of rows for its next step.
 
     `record` and `decorrelate` are what the graph calls; `step` is called between an optimizer's step and the next
     forward. Factors and counters are saved with the model; recorded rows only where `update_every` above 1 lets them
@@ -53,15 +36,16 @@ class Site(nn.Module):
     losses: Tensor
     mean: Tensor
 
-    def __init__(self, spec: SiteSpec, weight_path: str, weights: tuple[Slot, ...], bias: Slot | None) -> None:
+    def __init__(self, spec: SiteSpec, weight_path: str, weights: tuple[Weight, ...]) -> None:
         super().__init__()
         self.spec = spec
         self.weight_path = weight_path  # from the module that this one is a child of
-        self.weight_slot, *self.tied_slots = weights
-        self.bias_slot = bias
+        self.weights = weights
+        self.placed = False  # a module has this one as its child
+        self.in_place: dict[int, Tensor] = {}  # `W R` where it stands in the place of W, while a forward runs
         self.paused = False
         self.attempts = 0  # of the optimizer, on the host: which of them move R, and decor_lr, depend on it
-        like = self.weight_slot.get()
+        like = self.weights[0].get()
         device, dtype = like.device, _at_least_float32(like.dtype)
         layout, slots = spec.layout, spec.config.max_samples
         for name, side in zip(spec.factor_names, layout.modes, strict=True):
@@ -84,37 +68,51 @@ class Site(nn.Module):
         return [self.get_buffer(name) for name in self.spec.factor_names]
 
     def record(self, x: Tensor, output_padding: Sequence[int] = ()) -> None:
-        """Record a few rows of the layer's input `x`; see `ops.record`."""
-        fraction, geometry = self.spec.config.sample_fraction, self.spec.geometry
+        """Record a few rows of the layer's input `x`, as a graph sees it; see `ops.record`."""
+        if 0 not in self.in_place:  # else whoever put the weight in place watches this call, too
+            self.record_call(x, self.spec.geometry, output_padding)
+
+    def record_call(self, x: Tensor, geometry: ConvGeometry | None, output_padding: Sequence[int] | int) -> None:
+        """Record a few rows of the input `x` of a call with this geometry."""
+        fraction = self.spec.config.sample_fraction
         x = x.detach()
         if geometry is None:
             record_linear(self.rows, self.seen, self.steps, x, fraction)
             return
         pads = [side for pair in geometry.padding for side in pair]
+        padding = list(one_each(output_padding, len(geometry.kernel))) if geometry.transposed else []
         record_conv(
             self.rows, self.seen, self.steps, x, fraction, list(geometry.kernel), list(geometry.stride), pads,
-            list(geometry.dilation), geometry.transposed, list(output_padding),
+            list(geometry.dilation), geometry.transposed, padding,
         )  # fmt: skip
 
-    def decorrelate(self, W: Tensor) -> Tensor:
-        """Return `W R`, in the shape and type of W; computed in float32 at least, also under autocast."""
-        with _full_precision(W.device):
-            return fold_weight(W.to(self.factors[0].dtype), self.factors, self.spec.layout).to(W.dtype)
+    def stands_in(self, W: object, index: int) -> bool:
+        """Tell whether `W` is not the weight number `index`, but `W R` that was put in its place."""
+        return index in self.in_place and self.in_place[index] is W
 
-    def shift_bias(self, bias: Tensor, W_eff: Tensor) -> Tensor:
+    def decorrelate(self, W: Tensor, index: int = 0) -> Tensor:
+        """Return `W R` in the shape and type of W, weight number `index`; in float32 at least, under autocast, too."""
+        if self.stands_in(W, index):
+            return W
+        with _full_precision(W.device):
+            return fold_weight(W.to(self.factors[0].dtype), self.factors, self.weights[index].spec.layout).to(W.dtype)
+
+    def shift_bias(self, bias: Tensor, W_eff: Tensor, index: int = 0) -> Tensor:
         """Return `b - W R mu`, the bias of a layer that sees demeaned rows through the folded weight `W_eff`."""
         with _full_precision(bias.device):
-            shift = self._output_of_mean(W_eff.to(self.mean.dtype), self.mean)
+            layout = self.weights[index].spec.layout
+            shift = output_of_mean(W_eff.to(self.mean.dtype), self.mean, layout)
             return (bias.to(shift.dtype) - shift).to(bias.dtype)
 
     @torch.no_grad()
-    def fold_into_weight(self) -> None:
-        """Write `W R` into the weight and `b - W R mu` into the bias; R is to be dropped afterwards."""
-        weight = self.weight_slot.get()
-        weight.copy_(self.decorrelate(weight))
-        if self.spec.centered and self.bias_slot is not None:
-            bias = self.bias_slot.get()
-            bias.copy_(self.shift_bias(bias, weight))
+    def fold_into_weights(self) -> None:
+        """Write `W R` into every weight and `b - W R mu` into its bias; R is to be dropped afterwards."""
+        for index, weight in enumerate(self.weights):
+            W = weight.get()
+            W.copy_(self.decorrelate(W, index))
+            if weight.spec.centered and weight.bias is not None:
+                bias = weight.bias.get()
+                bias.copy_(self.shift_bias(bias, W, index))
 
     def step(self) -> None:
         """Move R by one step on the rows recorded since the last one, and forget them.
@@ -128,19 +126,6 @@ class Site(nn.Module):
             with torch.no_grad(), _full_precision(self.rows.device):
                 self._move(decor_lr)
             self.forget()
-
-    def check_weight(self) -> None:
-        """Raise where the weight is not the one parameter any more that R was made for.
-
-        Raises:
-            LayerError: it was pruned or parametrized after `transform`, or weights that were tied are not tied now.
-        """
-        weight = self.weight_slot.find()
-        if weight is None:
-            problem = "its weight was pruned or parametrized after transform; undo that, fold, and do it again"
-            raise LayerError(self.spec.fqn, problem)
-        if any(slot.find() is not weight for slot in self.tied_slots):
-            raise LayerError(self.spec.fqn, "the weights that were tied to it are not any more; tie them again")
 
     def forget(self) -> None:
         """Drop the rows recorded so far."""
@@ -161,18 +146,18 @@ class Site(nn.Module):
         if mean is not None:
             updates.append((self.mean, mean))
         if config.preserve_function:
-            updates += self._followers(step, mean)
+            updates += [update for weight in self.weights for update in self._followers(weight, step, mean)]
         self._commit(updates, step, count)
 
-    def _followers(self, step: Step, mean: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    def _followers(self, weight: Weight, step: Step, mean: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Return (weight, its new value), and the same for the bias, such that the layer's function stands still."""
-        W, layout = self.weight_slot.get(), self.spec.layout
+        W, layout = weight.get(), weight.spec.layout
         dtype = self.rows.dtype
         moved = unstack_weight(step.retreat(stack_weight(W.to(dtype), layout)), W.shape, layout)
         followers = [(W, moved.to(W.dtype))]
-        if self.spec.centered and self.bias_slot is not None and mean is not None:
-            bias = self.bias_slot.get()
-            shift = self._output_of_mean(fold_weight(W.to(dtype), self.factors, layout), mean - self.mean)
+        if weight.spec.centered and weight.bias is not None and mean is not None:
+            bias = weight.bias.get()
+            shift = output_of_mean(fold_weight(W.to(dtype), self.factors, layout), mean - self.mean, layout)
             followers.append((bias, (bias.to(dtype) + shift).to(bias.dtype)))
         return followers
 
@@ -186,12 +171,6 @@ class Site(nn.Module):
         self.losses.copy_(losses.where(accepted, self.losses))
         self.steps += accepted
         self.refused += recorded & ~finite
-
-    def _output_of_mean(self, W_eff: Tensor, mean: Tensor) -> Tensor:
-        """Return `W R mu` `[d_out * groups]`, the layer's response to the mean row."""
-        layout = self.spec.layout
-        per_block = (stack_weight(W_eff, layout) * mean[:, None]).flatten(2).sum(2)
-        return per_block.reshape(layout.groups, layout.blocks, layout.d_out).sum(1).flatten()
 
     def reset(self) -> None:
         """Set R to the identity and every counter to zero, as `transform` leaves them."""
@@ -237,11 +216,14 @@ class Site(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.paused = False
+        self.in_place = {}
         LIVE_SITES.add(self)  # a deep copy, or an unpickled one
 
     def extra_repr(self) -> str:
         """Describe the site in a printed model."""
-        return f"{self.spec.kind}, d={self.spec.layout.d}, {self.spec.layout.structure}, rule={self.spec.config.rule}"
+        kind, layout = self.spec.weights[0].kind, self.spec.layout
+        shared = f", shared by {len(self.weights)} weights" if len(self.weights) > 1 else ""
+        return f"{kind}, d={layout.d}, {layout.structure}, rule={self.spec.config.rule}{shared}"
 
 
 def sites_of(model: nn.Module) -> Iterator[Site]:

@@ -28,22 +28,23 @@ def follow_optimizers() -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    step_sites(site for site in list(LIVE_SITES) if id(site.weight_slot.find()) in owned)
+    step_sites(site for site in list(LIVE_SITES) if owned.issuperset(id(weight.find()) for weight in site.weights))
 
 
 def step_sites(sites: Iterator[Site]) -> None:
-    """Step the given sites, except those that are paused or whose weight is frozen.
+    """Step the given sites, except those that are paused or have a frozen weight, which could not follow.
 
     Raises:
         DistributedError: there are several ranks, each of which would move R by its own rows.
     """
     for site in sites:
-        weight = site.weight_slot.find()
-        if weight is None or site.paused:
+        parameters = [parameter for weight in site.weights if (parameter := weight.find()) is not None]
+        if site.paused or len(parameters) < len(site.weights):
             continue
-        if weight.requires_grad:
+        if all(parameter.requires_grad for parameter in parameters):
             _check_one_rank(site)
-            site.check_weight()
+            for weight in site.weights:
+                weight.check()
             site.step()
         else:
             site.forget()

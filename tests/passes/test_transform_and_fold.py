@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import decorr_fx
 from decorr_fx import DecorrConfig
-from decorr_fx.passes.base import GraphLayer
+from decorr_fx.passes.base import DecorrelatedLayer
 from decorr_fx.runtime.state import Site, sites_of
 
 models = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
@@ -76,7 +76,7 @@ def test_a_trained_model_folds_into_the_plain_class(case: ModelCase) -> None:
     assert type(folded) is type(plain)
     assert relative(folded(x), expected) < 1e-5
     assert list(folded.state_dict()) == list(plain.state_dict())
-    assert not any(isinstance(m, Site | GraphLayer) for m in folded.modules())
+    assert not any(isinstance(m, Site | DecorrelatedLayer) for m in folded.modules())
     fresh = case.make().eval()
     fresh.load_state_dict(folded.state_dict(), strict=True)
     assert relative(fresh(x), expected) < 1e-5
@@ -228,8 +228,8 @@ def test_statistics_and_R_stay_in_float32_when_the_model_is_cast() -> None:
 
 def test_the_graph_has_a_record_and_a_decorrelate_node_before_the_call_and_eval_records_nothing() -> None:
     layer = decorr_fx.transform(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"))
-    assert isinstance(layer, GraphLayer)
-    names = {mode: [n.name for n in getattr(layer.graphs, mode).nodes] for mode in ("train", "evaluate")}
+    assert isinstance(layer, DecorrelatedLayer)
+    names = {mode: [n.name for n in getattr(layer.run, mode).nodes] for mode in ("train", "evaluate")}
     assert names["train"][-4:] == ["weight_decorr_1", "record", "conv2d", "output"]
     assert {"pad", "decorrelate"} < set(names["train"])
     assert "record" not in names["evaluate"]

@@ -1,0 +1,56 @@
+"""The weights of a site, by their places in the model."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from decorr_fx.errors import LayerError
+from decorr_fx.runtime.spec import WeightSpec
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter, or some of its rows, by its place: found again after a copy, a load or a move of its module."""
+
+    owner: nn.Module
+    name: str
+    rows: tuple[int, int] | None = None
+
+    def get(self) -> Tensor:
+        """Return the tensor that is there now; of rows a view."""
+        tensor: Tensor = getattr(self.owner, self.name)
+        return tensor if self.rows is None else tensor[slice(*self.rows)]
+
+    def find(self) -> nn.Parameter | None:
+        """Return the whole parameter that is there now, or None where it was removed or replaced."""
+        return self.owner._parameters.get(self.name)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that R is applied to, in the module or modules (where it is tied) that hold it, and its layer's bias."""
+
+    spec: WeightSpec
+    slots: tuple[Slot, ...]
+    bias: Slot | None
+
+    def get(self) -> Tensor:
+        """Return the weight as it is now."""
+        return self.slots[0].get()
+
+    def find(self) -> nn.Parameter | None:
+        """Return the parameter that holds the weight, or None where it was removed or replaced."""
+        return self.slots[0].find()
+
+    def check(self) -> None:
+        """Raise where the weight is not the one parameter any more that R was made for.
+
+        Raises:
+            LayerError: it was pruned or parametrized after `transform`, or weights that were tied are not tied now.
+        """
+        parameter = self.find()
+        if parameter is None:
+            problem = "its weight was pruned or parametrized after transform; undo that, fold, and do it again"
+            raise LayerError(self.spec.fqn, problem)
+        if any(slot.find() is not parameter for slot in self.slots):
+            raise LayerError(self.spec.fqn, "the weights that were tied to it are not any more; tie them again")
