@@ -12,7 +12,8 @@ from decorr_fx.errors import ConfigError, ModelError, NotTransformedError
 from decorr_fx.passes.base import copy_model
 from decorr_fx.passes.check import check_model
 from decorr_fx.passes.choose import Filter, Overrides, Settings
-from decorr_fx.passes.export import ExportOnnx, ExportReport, example_tuple
+from decorr_fx.passes.example import Example
+from decorr_fx.passes.export import ExportOnnx, ExportReport
 from decorr_fx.passes.fold import FoldDecorrelation
 from decorr_fx.passes.insert import InsertDecorrelation
 from decorr_fx.passes.plan import Plan, make_plan
@@ -79,8 +80,8 @@ def export_onnx(
     Args:
         model: a transformed model, which is not changed; a plain one is exported as it is.
         path: the file to write; it appears, or is replaced, only after every check has passed.
-        example_inputs: what the model is called with: a tensor, or a tuple of positional arguments. Dimension 0 of each
-            tensor is the batch.
+        example_inputs: what the model is called with: a tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. Dimension 0 of each tensor is the batch.
         dynamic_batch: let the file take any batch size.
         verify: run the file in onnxruntime, at two batch sizes where the batch is dynamic, and compare with the model.
 
@@ -91,7 +92,7 @@ def export_onnx(
     model = _unwrapped(model)
     transformed = next(sites_of(model), None) is not None
     plain = FoldDecorrelation()(model) if transformed else copy_model(model, shared=[])
-    return ExportOnnx(Path(path), example_tuple(example_inputs), dynamic_batch, verify)(plain.eval())
+    return ExportOnnx(Path(path), Example.of(example_inputs), dynamic_batch, verify)(plain.eval())
 
 
 def report(

@@ -4,17 +4,16 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from decorr_fx.errors import ExportError, ModelError
 from decorr_fx.passes.base import Pass
+from decorr_fx.passes.example import Example, tensors_in
 from decorr_fx.runtime.state import sites_of
 
 TOLERANCE = 1e-4  # largest difference from a float32 model, relative to its largest output, that a file may show
@@ -45,7 +44,7 @@ class ExportOnnx(Pass[ExportReport]):
     """Export a plain model in eval mode with `torch.onnx.export(dynamo=True)`, and check the file in onnxruntime."""
 
     path: Path
-    example_inputs: tuple[Any, ...]
+    example: Example
     dynamic_batch: bool
     verify: bool
 
@@ -60,9 +59,12 @@ class ExportOnnx(Pass[ExportReport]):
             )
             raise ExportError(f"{self.path} {problem}; give the path of a file in a folder that exists")
         self._require_onnx()
-        if not _tensors(self.example_inputs):
-            raise ExportError("example_inputs holds no tensor; give what the model is called with, a tensor or a tuple")
-        _run(model, self.example_inputs)
+        if not self.example.tensors:
+            raise ExportError(
+                "example_inputs holds no tensor; give what the model takes: a tensor, a tuple of arguments, or "
+                "a dict of keyword arguments"
+            )
+        _run(model, self.example)
 
     def call(self, model: nn.Module) -> ExportReport:
         """Export into a temporary folder beside the path, verify there, then move the file to its place."""
@@ -89,10 +91,12 @@ class ExportOnnx(Pass[ExportReport]):
             raise ExportError(f"{error.name} is not installed; pip install 'decorr_fx[onnx]'") from None
 
     def _write(self, model: nn.Module, file: Path) -> None:
-        inputs = _of_batch(self.example_inputs, 2) if self.dynamic_batch else self.example_inputs
-        shapes = pytree.tree_map(_dynamic_batch, inputs) if self.dynamic_batch else None
+        example = self.example.of_batch(2) if self.dynamic_batch else self.example  # 1 would be taken for a constant
+        shapes = example.dynamic_shapes() if self.dynamic_batch else None
         try:
-            program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            program = torch.onnx.export(
+                model, example.args, kwargs=example.kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False
+            )
             assert program is not None
             program.save(str(file))
         except Exception as error:  # the exporter raises whatever the model's code makes it raise
@@ -102,7 +106,7 @@ class ExportOnnx(Pass[ExportReport]):
     def _compare(self, model: nn.Module, file: Path) -> tuple[float, str, tuple[int, ...]]:
         import onnxruntime
 
-        own = _batch_size(self.example_inputs)
+        own = self.example.batch_size
         sizes = (own, own + 1) if self.dynamic_batch else (own,)
         try:
             session = onnxruntime.InferenceSession(str(file), providers=_providers(onnxruntime))
@@ -120,11 +124,10 @@ class ExportOnnx(Pass[ExportReport]):
         return max(errors), session.get_providers()[0], sizes
 
     def _error(self, model: nn.Module, session: Any, batch: int) -> float:
-        inputs = _of_batch(self.example_inputs, batch) if self.dynamic_batch else self.example_inputs
-        expected = _tensors(_run(model, inputs))
-        feeds = dict(zip((i.name for i in session.get_inputs()), map(_numpy, _tensors(inputs)), strict=True))
-        got = [torch.from_numpy(out) for out in session.run(None, feeds)]
-        return max(_relative_error(g, e.cpu()) for g, e in zip(got, expected, strict=True))
+        example = self.example.of_batch(batch) if self.dynamic_batch else self.example
+        expected = tensors_in(_run(model, example))
+        got = session.run(None, example.feeds([i.name for i in session.get_inputs()]))
+        return max(_relative_error(torch.from_numpy(g), e.cpu()) for g, e in zip(got, expected, strict=True))
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -138,12 +141,11 @@ def _providers(onnxruntime: Any) -> list[str]:
     return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def _run(model: nn.Module, example: Example) -> Any:
     try:
-        with torch.no_grad():
-            return model(*inputs)
+        return example.call(model)
     except Exception as error:  # whatever the model makes of inputs that it was not written for
-        shapes = [tuple(t.shape) for t in _tensors(inputs)]
+        shapes = [tuple(t.shape) for t in example.tensors]
         raise ExportError(
             f"{type(model).__name__} does not accept the example inputs of shapes {shapes}: {_first_line(error)}"
         ) from error
@@ -160,35 +162,6 @@ def _check_file(file: Path) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in graph.node).items()))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _dynamic_batch(leaf: Any) -> Any:
-    return {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.dim() else None
-
-
-def _batch_size(inputs: tuple[Any, ...]) -> int:
-    sizes = [len(t) for t in _tensors(inputs) if t.dim()]
-    return sizes[0] if sizes else 1
-
-
-def _of_batch(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """Return the inputs with their rows repeated, or cut, to `size`; a batch of 1 would be taken for a constant."""
-
-    def resize(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim():
-            return leaf
-        return leaf[torch.arange(size, device=leaf.device) % len(leaf)]
-
-    resized: tuple[Any, ...] = pytree.tree_map(resize, inputs)
-    return resized
-
-
-def _numpy(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().numpy()
-
-
 def _relative_error(got: Tensor, expected: Tensor) -> float:
     if got.shape != expected.shape:
         return float("inf")
@@ -202,10 +175,3 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def example_tuple(example_inputs: Any) -> tuple[Any, ...]:
-    """Return example inputs as the tuple of positional arguments that they stand for."""
-    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        return tuple(example_inputs)
-    return (example_inputs,)

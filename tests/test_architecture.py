@@ -43,7 +43,8 @@ PASSES = {
     "plan": {"trace", "code", "source", "choose", "weights", "readers", "share"},
     "insert": {"base", "match", "plan", "check"},
     "fold": {"base"},
-    "export": {"base"},
+    "example": set(),
+    "export": {"base", "example"},
 }
 FORBIDDEN = {"ops": {"torch.fx", "torch.distributed", "onnx"}, "runtime": {"torch.fx", "onnx"}}
 THIRD_PARTY = {"runtime": {"tabulate"}, "passes": {"onnx", "onnxruntime", "onnxscript"}}
