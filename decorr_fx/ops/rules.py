@@ -103,7 +103,9 @@ class Transition:
         shrink = 1 / (1 - self.eps.squeeze(-1) * diagonal)[:, None]
         scaled = z * shrink
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        inner: Tensor = torch.linalg.solve_ex(eye - weight * (z @ scaled.mT), scaled)[0]
+        system = eye - weight * (z @ scaled.mT)
+        finite = system.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # else solve_ex may raise on a CPU
+        inner: Tensor = torch.linalg.solve_ex(system.where(finite, eye), scaled)[0]
         start = W * shrink
         return (start + (W @ scaled.mT) @ (weight * inner)) / self.gain
 

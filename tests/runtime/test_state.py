@@ -27,11 +27,12 @@ def everything(model: nn.Module) -> dict[str, torch.Tensor]:
     return copy.deepcopy(model.state_dict())
 
 
+@pytest.mark.parametrize("max_samples", [256, 4], ids=["more rows than features", "fewer"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_rows_that_are_not_finite_are_refused_and_counted(value: float) -> None:
-    model = two_layers()
+def test_rows_that_are_not_finite_are_refused_and_counted(value: float, max_samples: int) -> None:
+    model = two_layers(max_samples=max_samples)
     x = torch.randn(9, 5)
-    x[3, 2] = value
+    x[:, 2] = value
     before = everything(model)
     model(x)
     decorr_fx.step(model)
@@ -43,8 +44,9 @@ def test_rows_that_are_not_finite_are_refused_and_counted(value: float) -> None:
     assert (decorr_fx.stats(model)[0].steps, decorr_fx.stats(model)[0].refused) == (1, 1)
 
 
-def test_no_row_no_step() -> None:
-    model = two_layers()
+@pytest.mark.parametrize("max_samples", [256, 3], ids=["more rows than features", "fewer"])
+def test_no_row_no_step(max_samples: int) -> None:
+    model = two_layers(max_samples=max_samples)
     decorr_fx.step(model)
     assert [(s.steps, s.refused) for s in decorr_fx.stats(model)] == [(0, 0), (0, 0)]
 
