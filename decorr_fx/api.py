@@ -92,7 +92,8 @@ def export_onnx(
     model = _unwrapped(model)
     transformed = next(sites_of(model), None) is not None
     plain = FoldDecorrelation()(model) if transformed else copy_model(model, shared=[])
-    return ExportOnnx(Path(path), Example.of(example_inputs), dynamic_batch, verify)(plain.eval())
+    plain.eval()  # which a user's own train() may let return None
+    return ExportOnnx(Path(path), Example.of(example_inputs), dynamic_batch, verify)(plain)
 
 
 def report(

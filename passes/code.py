@@ -42,6 +42,8 @@ def parameters_in_forward(module: nn.Module) -> Iterator[nn.Parameter]:
             if isinstance(found, nn.Parameter):
                 if not METADATA.intersection(rest[:1]):
                     yield found
+            elif isinstance(found, nn.Module) and rest:
+                continue  # there is no such attribute: a way that this instance does not take
             elif "weight" in rest and not METADATA.intersection(rest[rest.index("weight") + 1 :][:1]):
                 yield from module.parameters()
 

@@ -120,12 +120,14 @@ def _trace_module(traced: Traced, fqn: str, module: nn.Module) -> None:
         if trusted:
             traced.failed[fqn] = f"its adapter cannot be traced: {reason}"
         else:
-            traced.glimpses[fqn] = Glimpse(reason, glimpse(module.train()))
+            module.train()
+            traced.glimpses[fqn] = Glimpse(reason, glimpse(module))
 
 
 def _trace_container(traced: Traced, fqn: str, module: nn.Module) -> None:
+    module.train()
     with suppress(Exception):  # nothing is lost but the knowledge of which layers share their input
-        traced.containers[fqn] = LayerTracer().trace(module.train())
+        traced.containers[fqn] = LayerTracer().trace(module)
 
 
 def _trace(module: nn.Module, training: bool, trusted: bool) -> fx.Graph:

@@ -190,6 +190,63 @@ class UpSample(nn.Module):
         return self.up(self.down(x), output_size=x.shape[-2:])
 
 
+class SamePaddedConv2d(nn.Conv2d):
+    """A convolution that pads by the size of its input, as those ported from other frameworks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:] if isinstance(x, Tensor) else None
+        if size is not None and (missing := [-length % step for length, step in zip(size, self.stride, strict=True)]):
+            x = F.pad(x, (0, missing[1] + 1, 0, missing[0] + 1))
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class Products(nn.Module):
+    """Linears that are written as products with a matrix, inputs first and outputs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(6, 5) / 2)
+        self.middle = nn.Parameter(torch.randn(4, 5) / 2)
+        self.outer = nn.Parameter(torch.randn(4, 3) / 2)
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, F.linear((x @ self.inner).tanh(), self.middle), self.outer)
+
+
+class GatedMlp(nn.Module):
+    """Two linears that read the same value, and one after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the rows, with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(x, x, x, need_weights=False)[0]
+
+
+class ReadsItsChild(nn.Module):
+    """A forward behind a branch that calls a child, and reads the child's weight, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.head(self.body(x)), self.body.weight) if len(x.shape) > 1 else x
+
+
 def small_cnn() -> nn.Module:
     """A conv net with normalisation, dropout, a depthwise layer, circular padding, and a head."""
     return nn.Sequential(
@@ -226,5 +283,14 @@ MODELS = {
     "tied": ModelCase(Tied, (7, 6), ("first",)),
     "modes": ModelCase(ModeDependent, (7, 6), ("", "auxiliary")),
     "control_flow": ModelCase(ControlFlow, (7, 6), ("body.0", "head")),
+    "same_padded": ModelCase(lambda: SamePaddedConv2d(3, 4, 3, 2), (2, 3, 6, 7), ("",)),
+    "products": ModelCase(Products, (7, 6), ("inner", "middle", "outer")),
+    "shared_input": ModelCase(GatedMlp, (7, 6), ("gate", "up", "down")),
+    "attention": ModelCase(
+        AttentionBlock,
+        (7, 6),
+        ("attn.out_proj", *(f"attn.in_proj_weight[{i}:{i + 6}]" for i in (0, 6, 12))),
+    ),
+    "reads_its_child": ModelCase(ReadsItsChild, (7, 6), ("body", "head.0")),
     "up_sample": ModelCase(UpSample, (2, 3, 10, 9), ("down", "up")),
 }

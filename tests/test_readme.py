@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import decorr_fx
+from decorr_fx.passes import adapters
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-QUICKSTART, SETTINGS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[:2]
+QUICKSTART, SETTINGS, ADAPTER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_quickstart_runs_and_is_on_the_first_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +32,17 @@ def test_the_settings_run_on_a_model_with_such_names() -> None:
     exec(SETTINGS, names)
     (site,) = decorr_fx.report(names["model"]).sites
     assert site.fqn == "layer4.0"
+
+
+def test_the_adapter_makes_a_site_of_its_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("decorr_fx.passes.adapters._ADAPTERS", dict(adapters._ADAPTERS))
+    names: dict[str, object] = {"decorr_fx": decorr_fx, "torch": torch}
+    exec(ADAPTER, names)
+    assert "1 sites" in capsys.readouterr().out
+    plain, x = names["Projection"](), torch.randn(5, 20)
+    torch.testing.assert_close(decorr_fx.transform(plain)(x), plain(x))
 
 
 def test_the_table_of_settings_is_that_of_the_config() -> None:

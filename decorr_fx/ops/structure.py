@@ -126,7 +126,8 @@ def unstack_weight(stacked: Tensor, shape: Sequence[int], layout: Layout) -> Ten
     """Return the inverse of `stack_weight`: a weight of the given `shape`."""
     g, b, width = layout.groups, layout.blocks, layout.channels // layout.blocks
     cut = stacked.reshape(g, b, layout.d_out, width, layout.taps)
-    return (cut.transpose(2, 3) if layout.transposed else cut.transpose(1, 2)).reshape(shape)
+    ordered = cut.transpose(2, 3) if layout.transposed else cut.transpose(1, 2)
+    return ordered.reshape(shape).contiguous()  # as the weight is, so that the same kernel runs on it
 
 
 def stack_rows(rows: Tensor, layout: Layout) -> Tensor:

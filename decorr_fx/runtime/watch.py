@@ -31,7 +31,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, weights: Iterable[tuple[Tensor, Site]]) -> None:
         super().__init__()
-        self.weights = list(weights)
+        self.weights = {id(weight): (weight, site) for weight, site in weights}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -51,7 +51,7 @@ class Watch(TorchFunctionMode):
         return result
 
     def _site_of(self, weight: object) -> Site | None:
-        return next((site for watched, site in self.weights if watched is weight), None)
+        return self.weights[id(weight)][1] if id(weight) in self.weights else None
 
     def _follow(self, args: tuple[Any, ...], result: object) -> None:
         """Watch a cast or standardised weight, too: what has the shape of a weight and was made of it."""
@@ -59,7 +59,7 @@ class Watch(TorchFunctionMode):
         if site is not None and isinstance(result, Tensor) and self._site_of(result) is None:
             shapes = [arg.shape for arg in args if self._site_of(arg) is site]
             if result.shape in shapes:
-                self.weights.append((result, site))
+                self.weights[id(result)] = (result, site)
 
 
 def _fits(x: Tensor, weight: Tensor, site: Site, spatial: int) -> bool:

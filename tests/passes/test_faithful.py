@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import ReadsItsChild
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -211,19 +212,8 @@ def test_a_replaced_forward_and_a_graph_module_are_left_alone() -> None:
     assert "it is a GraphModule" in skipped.reason
 
 
-class ReadsItsChild(nn.Module):
-    """A forward that calls a child and reads its weight, too, behind a branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.head(self.body(x)), self.body.weight) if x.sum() > -1e9 else x
-
-
 def test_a_child_s_weight_is_the_same_to_its_own_forward_and_to_its_parent_s() -> None:
-    plain, x = ReadsItsChild(), torch.randn(100, 4)
+    plain, x = ReadsItsChild(), torch.randn(100, 6)
     model = decorr_fx.transform(plain)
     assert [site.fqn for site in decorr_fx.report(model).sites] == ["body", "head.0"]
     model(x).square().mean().backward()
