@@ -38,7 +38,7 @@ def attention_forward(
     settings = (self.num_heads, self.batch_first, self.add_zero_attn, self.dropout if self.training else 0.0)
     extra = (self.bias_k, self.bias_v)
     heads, scores = attend(projected, extra, masks, need_weights, average_attn_weights, settings)
-    return self.out_proj(heads), scores
+    return in_layout(self.out_proj(heads), self.batch_first), scores
 
 
 def encoder_layer_forward(
@@ -93,7 +93,7 @@ def attend(
     average_weights: bool,
     settings: tuple[int, bool, bool, float],
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the heads' outputs side by side, in the layout of the query, and the attention weights if they are needed.
+    """Return the heads' outputs side by side, `[L, N, E]` or `[L, E]`, and the attention weights if they are needed.
 
     Args:
         projected: query `[L, N, E]`, key and value `[S, N, E]` (or batch first, or without N).
@@ -109,7 +109,11 @@ def attend(
     key_padding, mask, causal = masks
     if key_padding is not None and not batched:
         key_padding = key_padding[None]
-    bias = _merged_mask(q, k, heads, key_padding, mask, causal and not need_weights)
+    _check_shapes(q, k, v, heads, key_padding, mask)
+    if causal and mask is None:
+        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+    known = causal and key_padding is None and not need_weights  # by the function: no mask is to be added
+    bias = None if known else _merged_mask(q.dtype, heads, key_padding, mask)
     k, v, bias = _lengthened(k, v, bias, extra, add_zero)
     q, k, v = (x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2) for x in (q, k, v))
     if need_weights:
@@ -117,10 +121,9 @@ def attend(
         scores = scores.mean(dim=1) if average_weights else scores
         scores = scores if batched else scores[0]
     else:
-        is_causal = causal and bias is None
-        out, scores = F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal), None
-    out = out.transpose(1, 2).flatten(2)
-    return (out if batch_first else out.transpose(0, 1)) if batched else out[0], scores
+        out, scores = F.scaled_dot_product_attention(q, k, v, bias, dropout, known and bias is None), None
+    out = out.permute(2, 0, 1, 3).flatten(2)
+    return out if batched else out[:, 0], scores
 
 
 def _batch_first(x: Tensor, batch_first: bool) -> Tensor:
@@ -129,20 +132,34 @@ def _batch_first(x: Tensor, batch_first: bool) -> Tensor:
     return x if batch_first else x.transpose(0, 1)
 
 
-def _merged_mask(
-    q: Tensor, k: Tensor, heads: int, key_padding: Tensor | None, mask: Tensor | None, causal: bool
-) -> Tensor | None:
-    """Return what is added to the scores, `[N or 1, heads or 1, L or 1, S]`; None where nothing is or SDPA knows."""
-    if causal and mask is None:
-        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-    if causal and key_padding is None:
-        return None
-    padding = None if key_padding is None else _additive(key_padding, q.dtype)[:, None, None]
+@fx.wrap
+def in_layout(out: Tensor, batch_first: bool) -> Tensor:
+    """Return an output `[L, N, E]` as the view that torch returns: a dropout after it draws in the order of memory."""
+    return out.transpose(0, 1) if batch_first and out.dim() == 3 else out
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, heads: int, key_padding: Tensor | None, mask: Tensor | None) -> None:
+    """Raise as torch does where shapes would be broadcast that are not meant to be."""
+    (N, L), S = q.shape[:2], k.shape[1]
+    if k.shape[:2] != v.shape[:2] or len(k) != N:
+        raise RuntimeError(
+            f"key shape {tuple(k.shape)} does not match query {tuple(q.shape)} or value {tuple(v.shape)}"
+        )
+    if mask is not None and mask.shape not in ((L, S), (N * heads, L, S)):
+        raise RuntimeError(
+            f"The shape of the attn_mask is {mask.shape}, but should be {(L, S)} or {(N * heads, L, S)}."
+        )
+    if key_padding is not None and key_padding.shape != (N, S):
+        raise RuntimeError(f"The shape of the key_padding_mask is {key_padding.shape}, but should be {(N, S)}.")
+
+
+def _merged_mask(dtype: torch.dtype, heads: int, key_padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Return what is added to the scores, `[N or 1, heads or 1, L or 1, S]`; None where nothing is."""
+    padding = None if key_padding is None else _additive(key_padding, dtype)[:, None, None]
     if mask is None:
         return padding
-    scores = _additive(mask, q.dtype)
-    each_head = scores.dim() == 3 and len(scores) > 1
-    scores = scores.reshape(-1, heads, *scores.shape[1:]) if each_head else scores.expand(1, 1, -1, -1)
+    scores = _additive(mask, dtype)
+    scores = scores[None, None] if scores.dim() == 2 else scores.reshape(-1, heads, *scores.shape[1:])
     return scores if padding is None else scores + padding
 
 
@@ -165,9 +182,12 @@ def _lengthened(
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    """Attend with the weights in hand; dropout falls on them as in torch's own, over `[N * heads, L, S]`."""
-    scores = q * math.sqrt(1.0 / q.shape[-1]) @ k.mT
-    weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+    """Attend with the weights in hand, by the operations of torch's own: equal under autocast, and in dropout masks."""
+    shape = (*q.shape[:3], k.shape[2])
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    q = q * math.sqrt(1.0 / q.shape[-1])
+    scores = torch.bmm(q, k.mT) if bias is None else torch.baddbmm(bias.expand(shape).flatten(0, 1), q, k.mT)
+    weights = scores.softmax(dim=-1)
     if dropout > 0.0:
-        weights = F.dropout(weights.flatten(0, 1), dropout).reshape(weights.shape)
-    return weights @ v, weights
+        weights = F.dropout(weights, dropout)
+    return torch.bmm(weights, v).reshape(*shape[:3], -1), weights.reshape(shape)

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from decorr_fx.errors import ModelError, PassError
 from decorr_fx.runtime.state import Site
@@ -54,13 +55,14 @@ class Pass(ABC, Generic[Result]):
         )
 
 
-def copy_model(model: nn.Module, shared: Iterable[object]) -> nn.Module:
-    """Return a deep copy in which the `shared` objects are the very same ones as in `model`.
+def copy_model(model: nn.Module, shared: Iterable[object], detached: Iterable[Tensor] = ()) -> nn.Module:
+    """Return a deep copy with the very same `shared` objects as the model, and `detached` tensors without their graph.
 
     Raises:
         ModelError: something that the model holds cannot be copied.
     """
-    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in detached}
+    memo |= {id(thing): thing for thing in shared}
     try:
         return deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
@@ -75,17 +77,19 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
 
 def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     """Return a copy over the same parameters and buffers, to be thrown away: other tensors are its own."""
-    copy = copy_sharing_tensors(model)
-    for module in copy.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                vars(module)[name] = value.detach().clone()
-    return copy
+    return copy_model(model, [*model.parameters(), *model.buffers()], detached=computed_tensors(model))
+
+
+def computed_tensors(model: nn.Module) -> list[Tensor]:
+    """Return the plain tensors that a forward has left with their graph; they cannot be copied as they are."""
+    return [tensor for tensor in plain_tensors(model) if tensor.grad_fn is not None]
 
 
 def plain_tensors(model: nn.Module) -> list[Tensor]:
-    """Return the tensors that are neither parameters nor buffers but attributes, as hooks and caches leave them."""
-    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    """Return the tensors that are neither parameters nor buffers but in attributes, as hooks and caches leave them."""
+    registered = ("_parameters", "_buffers", "_modules")
+    values = [v for module in model.modules() for name, v in vars(module).items() if name not in registered]
+    return [leaf for value in values for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class Graphs:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from decorr_fx.errors import NotTransformedError
-from decorr_fx.passes.base import DecorrelatedLayer, Pass, as_plain_layer, copy_model, plain_tensors
+from decorr_fx.passes.base import DecorrelatedLayer, Pass, as_plain_layer, computed_tensors, copy_model
 from decorr_fx.runtime.attachment import detach
 from decorr_fx.runtime.state import Site, sites_of
 
@@ -23,8 +23,7 @@ class FoldDecorrelation(Pass[nn.Module]):
 
     def call(self, model: nn.Module) -> nn.Module:
         """Fold every site into the parameters of a copy."""
-        computed = [t for t in plain_tensors(model) if t.grad_fn is not None]  # left by hooks; they cannot be copied
-        plain = copy_model(model, computed)
+        plain = copy_model(model, shared=computed_tensors(model))
         for site in sites_of(plain):
             site.fold_into_weights()
         for module in list(plain.modules()):

@@ -94,14 +94,21 @@ def _find_computed_source(weight: fx.Node, module: nn.Module, layout_of: LayoutO
 
 
 def _rows_of(compute: nn.Module, parameters: Mapping[str, Tensor], value: Tensor) -> tuple[str, tuple[int, int]] | None:
-    """Return the parameter that the weight is some rows of, and from where to where; None if it is no such thing."""
+    """Return the parameter that the weight is some rows of, and from where to where; None if it is no such thing.
+
+    It is tried with the numbers of the rows in the place of their values.
+    """
     for path, parameter in parameters.items():
         longer = parameter.shape[1:] == value.shape[1:] and len(parameter) > len(value)
-        if not longer or parameter.is_meta:
+        if not longer:
             continue
-        numbers = torch.arange(len(parameter), device=parameter.device, dtype=torch.float64)
-        numbers = numbers.reshape(-1, *[1] * (parameter.dim() - 1)).expand_as(parameter)
-        got = functional_call(compute, {path: numbers}, ())
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        numbers = torch.arange(len(parameter), device=device, dtype=torch.float64)
+        numbers = numbers.reshape(-1, *[1] * (parameter.dim() - 1)).expand(parameter.shape)
+        try:
+            got = functional_call(compute, {path: numbers}, ())
+        except RuntimeError:  # something else is computed with it, of another type or device: these are no plain rows
+            continue
         start = int(got.flatten()[0])
         if torch.equal(got, numbers[start : start + len(value)]):
             return path, (start, start + len(value))

@@ -93,7 +93,9 @@ class Transition:
             return self._retreat_by_rows(W)
         eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
         T = eye - self.eps * (self.scale * self.moment.C + torch.diag_embed(self.shift))
-        inverse: Tensor = torch.linalg.inv_ex(T)[0]  # _ex: no host sync; T is well conditioned, see STEP_BOUND
+        inverse: Tensor = torch.linalg.inv_ex(_solvable(T))[
+            0
+        ]  # _ex: no host sync; T is well conditioned, see STEP_BOUND
         return W @ (inverse / self.gain)
 
     def _retreat_by_rows(self, W: Tensor) -> Tensor:
@@ -103,11 +105,18 @@ class Transition:
         shrink = 1 / (1 - self.eps.squeeze(-1) * diagonal)[:, None]
         scaled = z * shrink
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        system = eye - weight * (z @ scaled.mT)
-        finite = system.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # else solve_ex may raise on a CPU
-        inner: Tensor = torch.linalg.solve_ex(system.where(finite, eye), scaled)[0]
+        inner: Tensor = torch.linalg.solve_ex(_solvable(eye - weight * (z @ scaled.mT)), scaled)[0]
         start = W * shrink
         return (start + (W @ scaled.mT) @ (weight * inner)) / self.gain
+
+
+def _solvable(A: Tensor) -> Tensor:
+    """Return the matrices, and the identity for one that is not finite: LAPACK may find pivots of 0, and torch raises.
+
+    The other terms of such a step are not finite either, so that it is refused all the same.
+    """
+    finite = A.isfinite().flatten(1).all(1)[:, None, None]
+    return A.where(finite, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,10 @@ def test_checkpointing_inside_a_compiled_model_records_once() -> None:
     assert site.seen == 7
 
 
-@pytest.mark.parametrize("name", ["weight_norm", "functional", "subclass", "shared", "up_sample", "same_padded", "reads_its_child", "attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["weight_norm", "functional", "subclass", "shared", "up_sample", "same_padded", "reads_its_child", "attention"],
+)
 def test_other_layers_compile_into_one_graph(name: str) -> None:
     case = MODELS[name]
     model = decorr_fx.transform(case.make())

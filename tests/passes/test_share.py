@@ -63,7 +63,8 @@ def behind_a_branch(self: Branches, x: Tensor, memory: Tensor | None) -> Tensor:
 
 def cross_or_self(self: Branches, x: Tensor, memory: Tensor | None) -> Tensor:
     source = x if memory is None else memory
-    return self.q(x) + (self.k(source) if bool((x > 0).any()) else self.k(source)) + self.v(source)
+    k = self.k(source) if bool((x > 0).any()) else self.k(source) * 2
+    return self.q(x) + k + self.v(source)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,28 @@ def test_what_cannot_be_copied_is_an_error_that_says_so() -> None:
         decorr_fx.transform(model)
 
 
+def test_what_a_forward_leaves_in_lists_is_no_hindrance() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.kept = nn.Linear(6, 6), [torch.ones(1)]
+
+        def train(self, mode: bool = True) -> None:  # as some do: it returns nothing
+            super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = [self.layer(x) * self.kept[0].mean().detach(), {"it": x}]
+            return self.kept[0]
+
+    plain, x = Keeps(), torch.randn(4, 6)
+    plain(x)
+    before = plain.kept[0].clone()
+    model = decorr_fx.transform(plain)
+    train(model, x)
+    torch.testing.assert_close(decorr_fx.fold(model).layer(x), model.layer(x))
+    assert torch.equal(plain.kept[0], before)
+
+
 def test_a_bias_that_something_else_holds_is_not_shifted() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
     model[1].bias = model[0].bias
