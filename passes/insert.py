@@ -14,7 +14,7 @@ from decorr_fx.passes.plan import Plan, SitePlan, WeightPlan
 from decorr_fx.runtime.attachment import attach
 from decorr_fx.runtime.state import Site, sites_of
 from decorr_fx.runtime.watch import Read
-from decorr_fx.runtime.weight import Slot, Weight
+from decorr_fx.runtime.weight import SiteWeight, Slot
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def _make_site(model: nn.Module, plan: SitePlan) -> Site:
     return Site(plan.spec, plan.weights[0].weight.places[0].path, weights)
 
 
-def _make_weight(model: nn.Module, planned: WeightPlan) -> Weight:
+def _make_weight(model: nn.Module, planned: WeightPlan) -> SiteWeight:
     weight = planned.weight
     slots = dict.fromkeys(_slot(model, place.piece, place.path, weight.rows) for place in weight.places)
     bias = None
     if planned.spec.centered:
         (piece, path) = next((use.piece, use.call.bias_path) for use in weight.uses)
         bias = _slot(model, piece, str(path))
-    return Weight(planned.spec, tuple(slots), bias)
+    return SiteWeight(planned.spec, tuple(slots), bias)
 
 
 def _slot(model: nn.Module, piece: str, path: str, rows: tuple[int, int] | None = None) -> Slot:

@@ -14,6 +14,8 @@ from decorr_fx.ops.record import ConvGeometry
 from decorr_fx.ops.structure import Layout
 from decorr_fx.passes.source import Source, Unmatched, ancestors_of, find_source
 
+_PRODUCTS = OTHER_PRODUCTS.union(METHODS, (function for function, signature in CALLS.items() if signature.product))
+
 
 @dataclass(frozen=True)
 class Call:
@@ -65,8 +67,7 @@ def signature_of(node: fx.Node, module: nn.Module) -> Signature | None:
 
 def is_other_product(node: fx.Node, module: nn.Module) -> bool:
     """Tell whether the node multiplies by a parameter in a way that is not matched: by `einsum`, or from the left."""
-    functions: Any = {*OTHER_PRODUCTS, *(call for call, signature in CALLS.items() if signature.product), *METHODS}
-    if node.target not in functions or signature_of(node, module) is not None:
+    if node.target not in _PRODUCTS or signature_of(node, module) is not None:
         return False
     return any(_is_weight(argument, module) for argument in node.all_input_nodes)
 

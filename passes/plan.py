@@ -15,7 +15,7 @@ from decorr_fx.passes.readers import Readers, check_readable, find_other_readers
 from decorr_fx.passes.share import Flow, group_by_input
 from decorr_fx.passes.source import Unmatched
 from decorr_fx.passes.trace import OPAQUE, Traced, trace_model
-from decorr_fx.passes.weights import Weight, find_weights
+from decorr_fx.passes.weights import FoundWeight, find_weights
 from decorr_fx.runtime.report import SkippedRecord
 from decorr_fx.runtime.spec import SiteSpec, WeightSpec
 
@@ -24,7 +24,7 @@ from decorr_fx.runtime.spec import SiteSpec, WeightSpec
 class WeightPlan:
     """A weight that R is to be applied to, and the modules whose forward runs as it is and reads it."""
 
-    weight: Weight
+    weight: FoundWeight
     spec: WeightSpec
     config: DecorrConfig
     watched_in: tuple[str, ...]
@@ -78,7 +78,7 @@ def make_plan(model: nn.Module, settings: Settings) -> Plan:
     return Plan(traced, tuple(_sites(chosen, traced)), tuple(skipped))
 
 
-def _find_weights(traced: Traced) -> tuple[list[Weight], list[SkippedRecord]]:
+def _find_weights(traced: Traced) -> tuple[list[FoundWeight], list[SkippedRecord]]:
     """Find all weights; a module that reads one of them in another way, too, is to run as it is."""
     weights, skipped = find_weights(traced)
     others = find_other_readers(weights, traced)
@@ -89,7 +89,7 @@ def _find_weights(traced: Traced) -> tuple[list[Weight], list[SkippedRecord]]:
     return find_weights(traced)
 
 
-def _plan_weight(weight: Weight, config: DecorrConfig, traced: Traced, readers: Readers) -> WeightPlan:
+def _plan_weight(weight: FoundWeight, config: DecorrConfig, traced: Traced, readers: Readers) -> WeightPlan:
     fqn, watched_in = weight.fqn, tuple(readers.forwards[id(weight.parameter)])
     _check_dtype(fqn, weight.parameter)
     check_readable(weight, readers)
@@ -110,7 +110,7 @@ def _check_dtype(fqn: str, weight: Tensor) -> None:
                               f"leave it alone with overrides={{{fqn!r}: None}}")  # fmt: skip
 
 
-def _has_own_bias(weight: Weight, traced: Traced, readers: Readers) -> bool:
+def _has_own_bias(weight: FoundWeight, traced: Traced, readers: Readers) -> bool:
     """Tell whether the calls of a weight have one bias that nothing else reads: a mean can be folded into it."""
     paths = {(use.piece, use.call.bias_path) for use in weight.uses}
     piece, path = paths.pop() if paths else ("", None)
@@ -163,7 +163,7 @@ def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
             yield SkippedRecord(fqn, type(module).__name__, f"{kind} hands raw weights to a kernel of its own{where}")
 
 
-def _unseen_products(traced: Traced, weights: list[Weight]) -> Iterator[SkippedRecord]:
+def _unseen_products(traced: Traced, weights: list[FoundWeight]) -> Iterator[SkippedRecord]:
     """Yield the modules that multiply in a forward of which too little could be seen to tell by what."""
     known = {id(weight.parameter) for weight in weights}
     unseen = {fqn: glimpse.reason for fqn, glimpse in traced.glimpses.items()} | traced.failed

@@ -4,12 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from decorr_fx.passes.code import METADATA, parameters_in_forward
 from decorr_fx.passes.source import Unmatched
 from decorr_fx.passes.trace import FUSED, Traced
-from decorr_fx.passes.weights import Weight
+from decorr_fx.passes.weights import FoundWeight
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Readers:
 
     `owners`: (name of the parameter, the module) of modules that hold it and show neither graph nor glimpse.
     `forwards`: modules whose forward runs as it is and reads it. `unseen`: a module that does neither, and names it.
+    `hidden`: a module that hands it to a function which makes its calls out of sight.
     """
 
     owners: dict[int, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     forwards: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     unseen: dict[int, str] = field(default_factory=dict)
+    hidden: dict[int, str] = field(default_factory=dict)
 
 
 def find_readers(traced: Traced) -> Readers:
@@ -39,6 +42,7 @@ def find_readers(traced: Traced) -> Readers:
         inside = module.parameters() if isinstance(module, FUSED) else ()  # its forward may call its parent's
         for parameter in {id(p) for p in (*parameters_in_forward(module), *glimpsed, *inside)}:
             readers.forwards[parameter].append(fqn)
+        readers.hidden.update({id(p): fqn for graph in seen.graphs for p in _handed_over(graph, module)})
     for fqn in traced.failed:
         module = traced.scratch.get_submodule(fqn)
         readers.unseen.update({id(parameter): fqn or "(root)" for parameter in parameters_in_forward(module)})
@@ -54,7 +58,15 @@ def parameters_in_graph(graph: fx.Graph, module: nn.Module) -> Iterator[nn.Param
             yield known[node.target]
 
 
-def find_other_readers(weights: list[Weight], traced: Traced) -> dict[str, str]:
+def _handed_over(graph: fx.Graph, module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that a graph gives to `F.multi_head_attention_forward`, inside which no mode can look."""
+    known = dict(module.named_parameters(remove_duplicate=False))
+    for node in graph.nodes:
+        if node.target is F.multi_head_attention_forward:
+            yield from (known[str(n.target)] for n in node.all_input_nodes if n.op == "get_attr" and n.target in known)
+
+
+def find_other_readers(weights: list[FoundWeight], traced: Traced) -> dict[str, str]:
     """Return the modules whose graph reads a weight in a way that is no matched call, with what shows it."""
     calls: dict[int, set[fx.Node]] = defaultdict(set)
     computing: dict[int, set[fx.Node]] = defaultdict(set)  # from the parameter to the weight
@@ -76,7 +88,7 @@ def find_other_readers(weights: list[Weight], traced: Traced) -> dict[str, str]:
     return others
 
 
-def check_readable(weight: Weight, readers: Readers) -> None:
+def check_readable(weight: FoundWeight, readers: Readers) -> None:
     """Refuse a weight that somebody reads who cannot be given W R: folding R into it would change that reader."""
     key = id(weight.parameter)
     inside_calls = {use.parameter_fqn for use in weight.uses if use.call.source.inner}
@@ -85,6 +97,8 @@ def check_readable(weight: Weight, readers: Readers) -> None:
             raise Unmatched(f"its weight is shared with {owner}")
     if key in readers.unseen:
         raise Unmatched(f"its weight may be read by the forward of {readers.unseen[key]!r}, which cannot be traced")
+    if key in readers.hidden:
+        raise Unmatched(f"its weight is handed to multi_head_attention_forward in {readers.hidden[key]!r}")
     if readers.forwards[key] and (weight.rows is not None or inside_calls):
         raise Unmatched(
             f"its weight is also read by the forward of {readers.forwards[key][0]!r}, which cannot be traced"

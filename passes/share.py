@@ -14,9 +14,9 @@ from torch import fx, nn
 
 from decorr_fx.passes.match import Use
 from decorr_fx.passes.trace import Traced
-from decorr_fx.passes.weights import Weight
+from decorr_fx.passes.weights import FoundWeight
 
-Graph = tuple[str, int]  # the piece, and the number of the graph or glimpse
+GraphKey = tuple[str, int]  # the piece, and the number of its graph or glimpse
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Flow:
     """Who calls which module with what, in all graphs and glimpses of train mode."""
 
     traced: Traced
-    callers: dict[int, dict[Graph, list[fx.Node]]] = field(default_factory=lambda: defaultdict(dict))
+    callers: dict[int, dict[GraphKey, list[fx.Node]]] = field(default_factory=lambda: defaultdict(dict))
 
     @classmethod
     def of(cls, traced: Traced) -> "Flow":
@@ -38,7 +38,7 @@ class Flow:
                         flow.callers[id(child)].setdefault((piece, number), []).append(node)
         return flow
 
-    def origins(self, graph: Graph, node: fx.Node) -> dict[Graph, fx.Node]:
+    def origins(self, graph: GraphKey, node: fx.Node) -> dict[GraphKey, fx.Node]:
         """Return where the value of a node comes from, in each of the graphs that show it."""
         module = self.traced.scratch.get_submodule(graph[0])
         if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Identity):
@@ -48,7 +48,7 @@ class Flow:
         pieces = {piece for piece, _ in callers}
         if node.op != "placeholder" or len(pieces) != 1 or any(len(calls) > 1 for calls in callers.values()):
             return {graph: node}
-        found: dict[Graph, fx.Node] = {}
+        found: dict[GraphKey, fx.Node] = {}
         for caller, (call,) in callers.items():
             passed = _argument(call, module, str(node.target))
             if not isinstance(passed, fx.Node):
@@ -65,10 +65,10 @@ def _argument(call: fx.Node, module: nn.Module, name: str) -> Any:
         return None
 
 
-def group_by_input(weights: list[Weight], flow: Flow) -> list[list[Weight]]:
+def group_by_input(weights: list[FoundWeight], flow: Flow) -> list[list[FoundWeight]]:
     """Return the weights in groups of the same input, in order; a weight whose input is its own is a group of one."""
-    groups: list[list[Weight]] = []
-    leaders: dict[tuple[Any, ...], list[tuple[list[Weight], dict[Graph, fx.Node]]]] = defaultdict(list)
+    groups: list[list[FoundWeight]] = []
+    leaders: dict[tuple[Any, ...], list[tuple[list[FoundWeight], dict[GraphKey, fx.Node]]]] = defaultdict(list)
     for weight in weights:
         origin = _origin(flow, weight)
         alike = [leaders[value] for value in origin.items()]
@@ -83,12 +83,12 @@ def group_by_input(weights: list[Weight], flow: Flow) -> list[list[Weight]]:
     return groups
 
 
-def _origin(flow: Flow, weight: Weight) -> dict[Graph, fx.Node]:
+def _origin(flow: Flow, weight: FoundWeight) -> dict[GraphKey, fx.Node]:
     """Return where the weight's input comes from, if one call in train mode uses it, else nothing."""
     uses = [use for use in weight.uses if use.training]
     if len(uses) == 1 and not weight.glimpsed:
         return _input(flow, uses[0], 0)
-    found: dict[Graph, fx.Node] = {}
+    found: dict[GraphKey, fx.Node] = {}
     for use in weight.glimpsed:
         graphs = flow.traced.train_graphs(use.piece)
         number = next(i for i, graph in enumerate(graphs) if graph is use.call.node.graph)
@@ -98,19 +98,19 @@ def _origin(flow: Flow, weight: Weight) -> dict[Graph, fx.Node]:
     return found
 
 
-def _input(flow: Flow, use: Use, number: int) -> dict[Graph, fx.Node]:
+def _input(flow: Flow, use: Use, number: int) -> dict[GraphKey, fx.Node]:
     passed = use.call.arguments["input"]
     return flow.origins((use.piece, number), passed) if isinstance(passed, fx.Node) else {}
 
 
-def _agree(one: dict[Graph, fx.Node], other: dict[Graph, fx.Node]) -> bool:
+def _agree(one: dict[GraphKey, fx.Node], other: dict[GraphKey, fx.Node]) -> bool:
     return all(other[graph] is node for graph, node in one.items() if graph in other)
 
 
-def _fit(one: Weight, other: Weight) -> bool:
+def _fit(one: FoundWeight, other: FoundWeight) -> bool:
     """Tell whether one R can serve two weights: equal rows, on one device, and both trained or both not."""
 
-    def rows(weight: Weight) -> tuple[Any, ...]:
+    def rows(weight: FoundWeight) -> tuple[Any, ...]:
         layout, parameter = weight.layout, weight.parameter
         kind = (parameter.dtype, parameter.device, parameter.requires_grad)
         return (layout.groups, layout.channels, layout.taps, weight.geometry, kind)

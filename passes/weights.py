@@ -20,6 +20,10 @@ from decorr_fx.passes.source import Unmatched
 from decorr_fx.passes.trace import Traced
 from decorr_fx.runtime.report import SkippedRecord
 
+UNKNOWN_PRODUCT = (
+    "it multiplies by a parameter, not as a linear does: give its layer an adapter (decorr_fx.register_layer)"
+)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -35,7 +39,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Weight:
+class FoundWeight:
     """A weight and what is known of its use.
 
     Attributes:
@@ -70,7 +74,7 @@ class Weight:
         return list(dict.fromkeys(Place(use.piece, use.call.source.path) for use in self.uses)) or [self.place]
 
 
-def find_weights(traced: Traced) -> tuple[list[Weight], list[SkippedRecord]]:
+def find_weights(traced: Traced) -> tuple[list[FoundWeight], list[SkippedRecord]]:
     """Return the weights of all graphs and glimpses, and the calls that have none with the reason."""
     found: dict[tuple[int, object], list[Use]] = {}
     skipped: list[SkippedRecord] = []
@@ -80,7 +84,8 @@ def find_weights(traced: Traced) -> tuple[list[Weight], list[SkippedRecord]]:
         signature = signature_of(node, module)
         if signature is None:
             if is_other_product(node, module):
-                skipped.append(SkippedRecord(piece, str(node.name), f"{REGISTER} it multiplies by a parameter"))
+                kind = str(getattr(node.target, "__name__", node.target))
+                skipped.append(SkippedRecord(piece, kind, UNKNOWN_PRODUCT))
             continue
         try:
             use = Use(piece, training, match_call(node, module))
@@ -99,9 +104,6 @@ def find_weights(traced: Traced) -> tuple[list[Weight], list[SkippedRecord]]:
     return weights, list(dict.fromkeys(skipped))  # train and eval graph, and all glimpses, give the same reasons
 
 
-REGISTER = "see decorr_fx.register_layer:"
-
-
 def _nodes(traced: Traced) -> Iterator[tuple[str, bool, fx.Node, bool]]:
     """Yield (piece, training, node, whether the graph is faithful) of every node that is known."""
     for piece, graphs in traced.graphs.items():
@@ -112,22 +114,22 @@ def _nodes(traced: Traced) -> Iterator[tuple[str, bool, fx.Node, bool]]:
             yield from ((piece, True, node, False) for node in graph.nodes)
 
 
-def _of_uses(uses: list[Use], glimpsed: list[Use]) -> Weight:
+def _of_uses(uses: list[Use], glimpsed: list[Use]) -> FoundWeight:
     first = uses[0].call
     place = Place(uses[0].piece, first.source.path)
-    return Weight(
+    return FoundWeight(
         place, first.source.parameter, first.source.rows, first.kind, first.layout, first.geometry,
         tuple(uses), tuple(glimpsed),
     )  # fmt: skip
 
 
-def _of_glimpses(uses: list[Use]) -> Weight:
+def _of_glimpses(uses: list[Use]) -> FoundWeight:
     first = uses[0].call
     place = Place(uses[0].piece, first.source.path)
-    return Weight(place, first.source.parameter, None, first.kind, first.layout, first.geometry, (), tuple(uses))
+    return FoundWeight(place, first.source.parameter, None, first.kind, first.layout, first.geometry, (), tuple(uses))
 
 
-def _of_types(traced: Traced) -> Iterator[Weight]:
+def _of_types(traced: Traced) -> Iterator[FoundWeight]:
     """Yield the weights of conv and linear layers whose forward cannot be seen to call them."""
     for fqn in traced.glimpses:
         module = traced.scratch.get_submodule(fqn)
@@ -138,7 +140,7 @@ def _of_types(traced: Traced) -> Iterator[Weight]:
         groups = getattr(module, "groups", 1)
         settings = {name: getattr(module, name, None) for name in ("stride", "padding", "dilation")}
         layout, geometry = signature.layout(groups, parameter.shape), signature.geometry(settings, parameter.shape)
-        yield Weight(Place(fqn, "weight"), parameter, None, signature.kind, layout, geometry)
+        yield FoundWeight(Place(fqn, "weight"), parameter, None, signature.kind, layout, geometry)
 
 
 def _signature_of_type(module: nn.Module) -> Signature | None:

@@ -1,7 +1,7 @@
 """The calls that are a conv or a linear: which function, which argument is what, and how its weight is stored."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -93,6 +93,9 @@ CALLS: dict[Any, Signature] = {
 }
 METHODS: dict[str, Signature] = {"matmul": _X_TIMES_W, "mm": _X_TIMES_W, "__matmul__": _X_TIMES_W}
 # Products that may hold a weight, too, but whose rows are not written in the call.
-OTHER_PRODUCTS: frozenset[Callable[..., Any] | str] = frozenset(
-    {torch.einsum, torch.bmm, torch.baddbmm, torch.tensordot, F.bilinear, "bmm", "baddbmm"}
+OTHER_PRODUCTS: frozenset[Any] = frozenset(
+    [
+        *(torch.einsum, torch.bmm, torch.baddbmm, torch.tensordot, "bmm", "baddbmm"),
+        *(F.bilinear, F.multi_head_attention_forward),
+    ]
 )

@@ -14,7 +14,7 @@ from decorr_fx.ops.record import ConvGeometry, record_conv, record_linear
 from decorr_fx.ops.rules import Step, step_factors
 from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
 from decorr_fx.runtime.spec import SiteSpec
-from decorr_fx.runtime.weight import Weight
+from decorr_fx.runtime.weight import SiteWeight
 
 MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
 
@@ -36,7 +36,7 @@ class Site(nn.Module):
     losses: Tensor
     mean: Tensor
 
-    def __init__(self, spec: SiteSpec, weight_path: str, weights: tuple[Weight, ...]) -> None:
+    def __init__(self, spec: SiteSpec, weight_path: str, weights: tuple[SiteWeight, ...]) -> None:
         super().__init__()
         self.spec = spec
         self.weight_path = weight_path  # from the module that this one is a child of
@@ -149,7 +149,7 @@ class Site(nn.Module):
             updates += [update for weight in self.weights for update in self._followers(weight, step, mean)]
         self._commit(updates, step, count)
 
-    def _followers(self, weight: Weight, step: Step, mean: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    def _followers(self, weight: SiteWeight, step: Step, mean: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Return (weight, its new value), and the same for the bias, such that the layer's function stands still."""
         W, layout = weight.get(), weight.spec.layout
         dtype = self.rows.dtype

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from decorr_fx.ops.calls import CALLS
+from decorr_fx.ops.calls import CALLS, Signature
 from decorr_fx.runtime.state import Site
 
 
@@ -40,31 +40,28 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         signature = CALLS.get(func)
         if signature is not None:
-            arguments = signature.bind(args, kwargs)
-            site = self._site_of(arguments["weight"])
-            if site is not None and _fits(arguments["input"], arguments["weight"], site, signature.spatial):
-                geometry = signature.geometry(arguments, arguments["weight"].shape)
-                site.record_call(arguments["input"], geometry, arguments["output_padding"])
-            return func(*args, **kwargs)
+            self._record(signature, signature.bind(args, kwargs))
         result = func(*args, **kwargs)
         self._follow(args, result)
         return result
+
+    def _record(self, signature: Signature, arguments: Mapping[str, Any]) -> None:
+        x, weight = arguments["input"], arguments["weight"]
+        if signature.product and self._site_of(weight) is None and isinstance(weight, Tensor) and weight.dim() > 1:
+            x, weight = weight.mT, x  # the weight may stand on the left: W x
+        site = self._site_of(weight)
+        # rows of x may have other features than R works on: a weight may be used the other way round, too
+        if site is not None and x.shape[-1 - signature.spatial] * prod(weight.shape[2:]) == site.rows.shape[1]:
+            site.record_call(x, signature.geometry(arguments, weight.shape), arguments["output_padding"])
 
     def _site_of(self, weight: object) -> Site | None:
         return self.weights[id(weight)][1] if id(weight) in self.weights else None
 
     def _follow(self, args: tuple[Any, ...], result: object) -> None:
-        """Watch a cast or standardised weight, too: what has the shape of a weight and was made of it."""
-        site = next((found for arg in args if (found := self._site_of(arg)) is not None), None)
-        if site is not None and isinstance(result, Tensor) and self._site_of(result) is None:
-            shapes = [arg.shape for arg in args if self._site_of(arg) is site]
-            if result.shape in shapes:
-                self.weights[id(result)] = (result, site)
-
-
-def _fits(x: Tensor, weight: Tensor, site: Site, spatial: int) -> bool:
-    """Tell whether rows of `x` have the features that R works on: a weight may be used the other way round, too."""
-    return x.shape[-1 - spatial] * prod(weight.shape[2:]) == site.rows.shape[1]
+        """Watch a cast, reshaped or standardised weight, too: what has the size of a weight and was made of it."""
+        made_of = next((arg for arg in args if self._site_of(arg) is not None), None)
+        if made_of is not None and isinstance(result, Tensor) and result.numel() == made_of.numel():
+            self.weights.setdefault(id(result), (result, self.weights[id(made_of)][1]))
 
 
 def run_watched(

@@ -27,7 +27,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Weight:
+class SiteWeight:
     """A weight that R is applied to, in the module or modules (where it is tied) that hold it, and its layer's bias."""
 
     spec: WeightSpec

@@ -156,6 +156,70 @@ def test_a_product_that_cannot_be_seen_is_listed_with_the_reason() -> None:
     assert reasons(with_a_site(Unseen()))["it"].startswith("its forward cannot be traced: ")
 
 
+def test_a_model_on_the_meta_device_is_filled_from_a_checkpoint() -> None:
+    def make(device: str) -> nn.Module:
+        attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, device=device)
+        return nn.Sequential(nn.Linear(4, 8, device=device), attention)
+
+    plain = make("cpu").eval()
+    model = decorr_fx.transform(make("meta"))
+    assert {site.fqn for site in decorr_fx.report(model).sites} == {s.fqn for s in decorr_fx.report(plain).sites}
+    assert decorr_fx.report(model).skipped == ()
+    model.to_empty(device="cpu").load_state_dict(plain.state_dict())
+    x = torch.randn(3, 5, 4)
+    torch.testing.assert_close(model.eval()(x), plain(x))
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert all((s.steps, s.refused) == (1, 0) for s in decorr_fx.stats(model))
+
+
+def test_weights_that_are_handed_to_functional_attention_are_listed_with_the_reason() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.packed = nn.Parameter(torch.randn(12, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            settings = {"need_weights": False, "use_separate_proj_weight": False}
+            return F.multi_head_attention_forward(
+                x, x, x, 4, 2, self.packed, None, None, None, False, 0.0, self.out.weight, self.out.bias, **settings
+            )[0] + self.q(x)
+
+    found = reasons(with_a_site(Pool()))
+    assert found["it.out"] == "its weight is handed to multi_head_attention_forward in 'it'"
+    assert "it.q" not in found
+    plain, x = with_a_site(Pool()), torch.randn(5, 2, 4)
+    torch.testing.assert_close(decorr_fx.transform(plain)["it"](x), plain["it"](x))
+
+
+def test_arguments_that_tracing_cannot_give_are_no_hindrance() -> None:
+    class Ragged(nn.Module):
+        """Wants a list of lengths, a function and a dict."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.layer = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, lengths: list[int], act: object, **options: float) -> Tensor:
+            parts = [F.linear(part, self.weight) for part in x.split(lengths)]
+            return self.layer(act(torch.cat(parts) * options["scale"]))
+
+    plain, x = Ragged(), torch.randn(6, 4)
+    arguments = (x, [2, 4], torch.tanh)
+    expected = plain(*arguments, scale=2.0)
+    model = decorr_fx.transform(plain)
+    torch.testing.assert_close(model(*arguments, scale=2.0), expected)
+    assert [(s.fqn, s.shares_with) for s in decorr_fx.report(model).sites] == [("layer", ""), ("", "")]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(*arguments, scale=2.0).square().mean().backward()
+    optimizer.step()
+    assert [s.steps for s in decorr_fx.stats(model)] == [1, 1]
+    folded = decorr_fx.fold(model)
+    torch.testing.assert_close(folded(*arguments, scale=2.0), model(*arguments, scale=2.0))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 def test_weights_that_a_hook_sets_are_refused_with_the_way_out() -> None:
     module = torch.nn.utils.weight_norm(nn.Linear(4, 4))
