@@ -14,7 +14,7 @@ from decorr_fx.passes.code import may_multiply
 from decorr_fx.passes.readers import Readers, check_readable, find_other_readers, find_readers, parameters_in_graph
 from decorr_fx.passes.share import Flow, group_by_input
 from decorr_fx.passes.source import Unmatched
-from decorr_fx.passes.trace import OPAQUE, Traced, trace_model
+from decorr_fx.passes.trace import FUSED, Traced, is_opaque, is_quantised, trace_model
 from decorr_fx.passes.weights import FoundWeight, find_weights
 from decorr_fx.runtime.report import SkippedRecord
 from decorr_fx.runtime.spec import SiteSpec, WeightSpec
@@ -156,11 +156,13 @@ def _site(plans: list[WeightPlan]) -> SitePlan:
 
 def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
     for fqn, outer in traced.opaque.items():
-        module = traced.scratch.get_submodule(fqn)
-        if isinstance(module, (*OPAQUE, nn.Linear, _ConvNd)):
-            kind = type(traced.scratch.get_submodule(outer)).__name__
+        module, around = traced.scratch.get_submodule(fqn), traced.scratch.get_submodule(outer)
+        if is_quantised(module):
+            yield SkippedRecord(fqn, type(module).__name__, "its weight is quantised, and cannot be trained")
+        elif is_opaque(module) or isinstance(module, nn.Linear | _ConvNd):
             where = "" if fqn == outer else f", inside {outer!r}"
-            yield SkippedRecord(fqn, type(module).__name__, f"{kind} hands raw weights to a kernel of its own{where}")
+            reason = f"{type(around).__name__} hands raw weights to a kernel of its own{where}"
+            yield SkippedRecord(fqn, type(module).__name__, reason)
 
 
 def _unseen_products(traced: Traced, weights: list[FoundWeight]) -> Iterator[SkippedRecord]:
@@ -172,5 +174,6 @@ def _unseen_products(traced: Traced, weights: list[FoundWeight]) -> Iterator[Ski
         containers = [child for child in module.children() if type(child).forward is nn.Module.forward]
         owned = {id(p) for owner in (module, *containers) for p in owner.parameters(recurse=False) if p.dim() > 1}
         seen = {id(p) for graph in traced.train_graphs(fqn) for p in parameters_in_graph(graph, module)}
-        if owned - known - seen and (fqn in traced.failed or may_multiply(module)):
+        hides = fqn in traced.failed or isinstance(module, FUSED) or may_multiply(module)
+        if owned - known - seen and hides:
             yield SkippedRecord(fqn, type(module).__name__, f"its forward cannot be traced: {reason}")

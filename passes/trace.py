@@ -90,6 +90,16 @@ def has_own_forward(module: nn.Module) -> bool:
     return not str(type(module).forward.__module__).startswith("torch.nn.")
 
 
+def is_opaque(module: nn.Module) -> bool:
+    """Tell whether the weights of the module and of all in it are out of reach."""
+    return isinstance(module, OPAQUE) or is_quantised(module)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Tell whether the module is one of torch's that hold a quantised weight, which is no parameter."""
+    return ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn")
+
+
 def _may_call(module: nn.Module) -> bool:
     """Tell whether a module's own forward may call a conv or linear: those layers, and whatever is not torch's own."""
     return isinstance(module, nn.Linear | _ConvNd) or has_own_forward(module)
@@ -99,7 +109,7 @@ def _inside_opaque(model: nn.Module) -> dict[str, str]:
     """Return the fqn of every opaque module and of all that is inside one, with the fqn of the outermost."""
     inside: dict[str, str] = {}
     for fqn, module in model.named_modules():
-        if fqn not in inside and isinstance(module, OPAQUE) and adapter_of(module) is None:
+        if fqn not in inside and is_opaque(module) and adapter_of(module) is None:
             prefix = f"{fqn}." if fqn else ""
             inside |= {prefix + name if name else fqn: fqn for name, _ in module.named_modules()}
     return inside

@@ -131,6 +131,24 @@ def test_hidden_linears_are_listed_with_the_reason() -> None:
         assert "kernel of its own" in reasons(with_a_site(module))["it"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_layer_is_listed_with_the_reason() -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}, inplace=True)
+    assert "quantised" in reasons(with_a_site(quantised))["it.0"]
+
+
+def test_attention_with_a_forward_of_its_own_is_listed_with_the_reason() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return super().forward(*args, **kwargs)
+
+    plain, x = with_a_site(Own(4, 2)), torch.randn(5, 2, 4)
+    assert "cannot be traced" in reasons(plain)["it"]
+    model = decorr_fx.transform(plain)
+    torch.testing.assert_close(model["it"](x, x, x), plain["it"](x, x, x))
+    decorr_fx.fold(model)
+
+
 def test_a_layer_behind_a_branch_is_a_site() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
