@@ -14,8 +14,6 @@ from decorr_fx.ops.record import ConvGeometry
 from decorr_fx.ops.structure import Layout
 from decorr_fx.passes.source import Source, Unmatched, ancestors_of, find_source
 
-_PRODUCTS = OTHER_PRODUCTS.union(METHODS, (function for function, signature in CALLS.items() if signature.product))
-
 
 @dataclass(frozen=True)
 class Call:
@@ -65,9 +63,16 @@ def signature_of(node: fx.Node, module: nn.Module) -> Signature | None:
     return signature
 
 
+def name_of_call(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def is_other_product(node: fx.Node, module: nn.Module) -> bool:
     """Tell whether the node multiplies by a parameter in a way that is not matched: by `einsum`, or from the left."""
-    if node.target not in _PRODUCTS or signature_of(node, module) is not None:
+    known = CALLS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
+    product = known.product if known is not None else name_of_call(node) in OTHER_PRODUCTS
+    if not product or signature_of(node, module) is not None:
         return False
     return any(_is_weight(argument, module) for argument in node.all_input_nodes)
 

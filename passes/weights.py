@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from decorr_fx.ops.calls import CALLS, Signature
 from decorr_fx.ops.record import ConvGeometry
 from decorr_fx.ops.structure import Layout
-from decorr_fx.passes.match import Use, is_other_product, match_call, signature_of
+from decorr_fx.passes.match import Use, is_other_product, match_call, name_of_call, signature_of
 from decorr_fx.passes.source import Unmatched
 from decorr_fx.passes.trace import Traced
 from decorr_fx.runtime.report import SkippedRecord
@@ -84,8 +84,7 @@ def find_weights(traced: Traced) -> tuple[list[FoundWeight], list[SkippedRecord]
         signature = signature_of(node, module)
         if signature is None:
             if is_other_product(node, module):
-                kind = str(getattr(node.target, "__name__", node.target))
-                skipped.append(SkippedRecord(piece, kind, UNKNOWN_PRODUCT))
+                skipped.append(SkippedRecord(piece, name_of_call(node), UNKNOWN_PRODUCT))
             continue
         try:
             use = Use(piece, training, match_call(node, module))

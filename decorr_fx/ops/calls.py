@@ -92,10 +92,7 @@ CALLS: dict[Any, Signature] = {
     **dict.fromkeys((torch.matmul, operator.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm), _X_TIMES_W),
 }
 METHODS: dict[str, Signature] = {"matmul": _X_TIMES_W, "mm": _X_TIMES_W, "__matmul__": _X_TIMES_W}
-# Products that may hold a weight, too, but whose rows are not written in the call.
-OTHER_PRODUCTS: frozenset[Any] = frozenset(
-    [
-        *(torch.einsum, torch.bmm, torch.baddbmm, torch.tensordot, "bmm", "baddbmm"),
-        *(F.bilinear, F.multi_head_attention_forward),
-    ]
+# Other products that may hold a weight, by the names of functions and methods: their rows are not written in the call.
+OTHER_PRODUCTS = frozenset(
+    ["einsum", "bmm", "baddbmm", "tensordot", "bilinear", "grouped_mm", "_grouped_mm", "multi_head_attention_forward"]
 )

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from cases import MODELS, Functional, small_cnn
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralModel
 
 import decorr_fx
 from decorr_fx import ConfigError, DecorrConfig, LayerError, ModelError
@@ -147,6 +148,12 @@ def test_attention_with_a_forward_of_its_own_is_listed_with_the_reason() -> None
     model = decorr_fx.transform(plain)
     torch.testing.assert_close(model["it"](x, x, x), plain["it"](x, x, x))
     decorr_fx.fold(model)
+
+
+def test_experts_in_one_parameter_are_listed_with_the_reason() -> None:
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = reasons(MixtralModel(MixtralConfig(vocab_size=20, num_key_value_heads=1, **small)))
+    assert "decorr_fx.register_layer" in found["layers.0.mlp.experts"]
 
 
 def test_a_layer_behind_a_branch_is_a_site() -> None:
