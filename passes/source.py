@@ -80,7 +80,7 @@ def _find_computed_source(weight: fx.Node, module: nn.Module, layout_of: LayoutO
         raise Unmatched("its weight depends on the input of the layer")
     compute = _weight_module(weight, ancestors, module)
     with torch.no_grad():
-        value = compute()
+        value = _computed(compute)
         if value.dim() < 2:
             raise Unmatched("its weight has fewer than two dimensions")
         parameters = dict(compute.named_parameters(remove_duplicate=False))
@@ -91,6 +91,16 @@ def _find_computed_source(weight: fx.Node, module: nn.Module, layout_of: LayoutO
             return Source(path, weight, parameters[path], layout, between=frozenset(ancestors) - {weight}, rows=rows)
         path, stored = _stored(compute, parameters, value, layout)
     return _located(path, ancestors, parameters[path], stored)
+
+
+def _computed(compute: nn.Module) -> Tensor:
+    try:
+        value = compute()
+    except Exception as error:  # whatever the code makes of what a glimpse has seen of it
+        raise Unmatched(f"its weight cannot be computed: {type(error).__name__}: {error}".splitlines()[0]) from None
+    if not isinstance(value, Tensor):
+        raise Unmatched("its weight is no tensor")
+    return value
 
 
 def _rows_of(compute: nn.Module, parameters: Mapping[str, Tensor], value: Tensor) -> tuple[str, tuple[int, int]] | None:

@@ -156,6 +156,21 @@ def test_experts_in_one_parameter_are_listed_with_the_reason() -> None:
     assert "decorr_fx.register_layer" in found["layers.0.mlp.experts"]
 
 
+def test_a_weight_that_cannot_be_computed_alone_is_listed_with_the_reason() -> None:
+    class Latent(nn.Module):
+        """Has a query of its own, and normalises what it may not be given."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents, self.norm = nn.Parameter(torch.randn(3, 4)), nn.LayerNorm(4)
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            keys = self.norm(other if bool(x.sum() > 0) else None) + self.latents
+            return x @ keys.mT
+
+    assert "cannot be computed" in reasons(with_a_site(Latent()))["it"]
+
+
 def test_a_layer_behind_a_branch_is_a_site() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
