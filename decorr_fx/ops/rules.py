@@ -93,10 +93,7 @@ class Transition:
             return self._retreat_by_rows(W)
         eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
         T = eye - self.eps * (self.scale * self.moment.C + torch.diag_embed(self.shift))
-        inverse: Tensor = torch.linalg.inv_ex(_solvable(T))[
-            0
-        ]  # _ex: no host sync; T is well conditioned, see STEP_BOUND
-        return W @ (inverse / self.gain)
+        return W @ (_inverse(T) / self.gain)  # T is well conditioned, see STEP_BOUND
 
     def _retreat_by_rows(self, W: Tensor) -> Tensor:
         """Return `W @ T^-1` through an n x n system (Woodbury), for fewer rows than features."""
@@ -105,18 +102,19 @@ class Transition:
         shrink = 1 / (1 - self.eps.squeeze(-1) * diagonal)[:, None]
         scaled = z * shrink
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        inner: Tensor = torch.linalg.solve_ex(_solvable(eye - weight * (z @ scaled.mT)), scaled)[0]
+        inner = _inverse(eye - weight * (z @ scaled.mT)) @ scaled
         start = W * shrink
         return (start + (W @ scaled.mT) @ (weight * inner)) / self.gain
 
 
-def _solvable(A: Tensor) -> Tensor:
-    """Return the matrices, and the identity for one that is not finite: LAPACK may find pivots of 0, and torch raises.
+def _inverse(A: Tensor) -> Tensor:
+    """Return the inverses of symmetric positive definite matrices `[stacks, d, d]`; NaN where one is not.
 
-    The other terms of such a step are not finite either, so that it is refused all the same.
+    By Cholesky: half the work of an LU, which some builds of torch get wrong for batches on several CPU threads.
     """
-    finite = A.isfinite().flatten(1).all(1)[:, None, None]
-    return A.where(finite, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device))
+    L = torch.linalg.cholesky_ex(A)[0]  # _ex: no host sync
+    inverse: Tensor = torch.cholesky_inverse(L)
+    return inverse
 
 
 @dataclass(frozen=True)

@@ -128,3 +128,16 @@ def test_variance_errors_act_on_the_rows_of_R() -> None:
 def test_without_rows_a_step_has_no_value_and_raises_nothing() -> None:
     step = step_factors([torch.eye(3)[None]], torch.zeros(1, 4, 3), torch.tensor(0), "dbp", 0.1, 0.5)
     assert not step.factors[0].isfinite().all()  # the site refuses it
+
+
+def test_weights_follow_in_blocks_on_several_threads() -> None:
+    """LU of a batch of large matrices on several threads fails in some builds of torch: nothing may rely on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x, W = torch.randn(4, 300, 256), torch.randn(4, 5, 256)
+        factors = [torch.eye(256).repeat(4, 1, 1)]
+        step = step_factors(factors, x, torch.tensor(300), "dbp", 0.01, 0.5)
+        torch.testing.assert_close(step.retreat(W) @ step.factors[0], W, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(threads)
