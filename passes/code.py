@@ -61,7 +61,7 @@ def _reachable(module: nn.Module) -> list[CodeType]:
             codes[code] = None
             names = set(code.co_names)
             waiting += [inspect.getattr_static(type(module), name, None) for name in names]
-            waiting += [vars(module).get(name) for name in names]
+            waiting += [value for name in names if isinstance(value := vars(module).get(name), FunctionType)]
             waiting += [function.__globals__.get(name) for name in names]
             if "super" in names:
                 waiting += [vars(parent).get("forward") for parent in type(module).__mro__]

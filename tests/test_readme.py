@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from zoo_report import coverage_table
 
 import decorr_fx
 from decorr_fx.passes import adapters
@@ -54,6 +55,10 @@ def test_the_table_of_settings_is_that_of_the_config() -> None:
     }
     fields = {f.name: repr(f.default).replace("'", '"') for f in dataclasses.fields(decorr_fx.DecorrConfig)}
     assert table == fields
+
+
+def test_the_coverage_table_is_made_of_the_committed_results() -> None:
+    assert coverage_table(ROOT / "tools" / "results") in README
 
 
 def test_the_set_up_lines_are_those_that_ci_runs() -> None:
