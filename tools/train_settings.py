@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from arguments import positive, positive_int
 
 from decorr_fx import DecorrConfig
 from decorr_fx.config import RuleName, StructureName
@@ -108,7 +109,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
                        help="folder of the data set; if not given, that of Debian's dataset-fashion-mnist, or data/",
                        default=argparse.SUPPRESS)  # fmt: skip
     group.add_argument("--download", action="store_true", help="fetch fashion-mnist or cifar10 where it is missing")
-    group.add_argument("--size", type=_positive_int,
+    group.add_argument("--size", type=positive_int,
                        help="resize images to SIZE x SIZE; if not given, 224 for imagefolder, else as they are",
                        default=argparse.SUPPRESS)  # fmt: skip
     group.add_argument("--workers", type=_whole, default=0, help="processes that read an imagefolder")
@@ -120,15 +121,15 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training: the same for both methods")
     group.add_argument("--method", choices=("bp", "decorr", "both"), default="both", help="what to train with")
-    group.add_argument("--epochs", type=_positive_int, default=argparse.SUPPRESS,
+    group.add_argument("--epochs", type=positive_int, default=argparse.SUPPRESS,
                        help="passes over the training set; if not given, 30 for digits, else 2")  # fmt: skip
-    group.add_argument("--batch-size", type=_positive_int, default=64, help="images a step")
+    group.add_argument("--batch-size", type=positive_int, default=64, help="images a step")
     group.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam", help="sgd has momentum 0.9")
-    group.add_argument("--lr", type=_positive, default=1e-3, help="learning rate at the start; falls linearly to 0")
+    group.add_argument("--lr", type=positive, default=1e-3, help="learning rate at the start; falls linearly to 0")
     group.add_argument("--weight-decay", type=_weight_decay, default=argparse.SUPPRESS,
                        help="weight decay; if not given, the optimizer's own default")  # fmt: skip
     group.add_argument("--seed", type=_whole, default=0, help="of the weights, the batches and the validation split")
-    group.add_argument("--evaluations", type=_positive_int, default=40, help="evaluations on the validation set")
+    group.add_argument("--evaluations", type=positive_int, default=40, help="evaluations on the validation set")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
     group.add_argument("--compile", action="store_true", help="train through torch.compile")
     group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
@@ -149,12 +150,6 @@ def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
                        help="do not let W follow the steps of R")  # fmt: skip
 
 
-def _positive_int(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
 def _whole(text: str) -> int:
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
@@ -165,11 +160,4 @@ def _weight_decay(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return value

@@ -1,7 +1,6 @@
 """The settings of the zoo, as the command line gives them."""
 
 import argparse
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+from arguments import positive, positive_int
 
 LIBRARIES = ("torchvision", "timm", "transformers")
 RESULTS = Path(__file__).parent / "results"
@@ -94,9 +94,9 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 
 def _add_checks(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how they are checked")
-    group.add_argument("--jobs", type=_positive_int, default=1, help="models at once")
-    group.add_argument("--time-limit", type=_positive, default=600, help="seconds for one model")
-    group.add_argument("--memory-limit", type=_positive, default=16, help="GiB for one model (on Linux)")
+    group.add_argument("--jobs", type=positive_int, default=1, help="models at once")
+    group.add_argument("--time-limit", type=positive, default=600, help="seconds for one model")
+    group.add_argument("--memory-limit", type=positive, default=16, help="GiB for one model (on Linux)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     group.add_argument("--no-onnx", dest="onnx", action="store_false", help="leave the export out: it takes longest")
     group.add_argument("--compile", action="store_true", help="count graph breaks under torch.compile, too")
@@ -143,16 +143,3 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu") from None
     return name
-
-
-def _positive_int(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return value
