@@ -92,10 +92,15 @@ def gradient(z: Tensor, rule: RuleName, kappa: float) -> Tensor:
     return correlation_weight(rule, kappa, len(M)) * C + (2 if rule == "dbp-normalized" else 1) * kappa * V
 
 
+def largest_eigenvalue(M: Tensor) -> Tensor:
+    """Return the bound `tr(M^4)^(1/4)` of the largest eigenvalue of a positive semidefinite M."""
+    return torch.trace(torch.linalg.matrix_power(M, 4)) ** 0.25
+
+
 def transition(z: Tensor, rule: RuleName, decor_lr: float, kappa: float, gain: float) -> Tensor:
     """Return T of the step `R <- T R`, for rows `z [n, d]`, with `eps * lambda_max(G)` bounded by `STEP_BOUND`."""
     G, M = gradient(z, rule, kappa), measure(z).M
-    largest = float(correlation_weight(rule, kappa, len(M)) * torch.linalg.matrix_norm(M) + torch.diag(G).norm())
+    largest = float(correlation_weight(rule, kappa, len(M)) * largest_eigenvalue(M) + torch.diag(G).abs().max())
     eps = min(decor_lr, STEP_BOUND / largest) if largest > 0 else decor_lr
     return gain * (torch.eye(len(G), dtype=z.dtype) - eps * G)
 

@@ -23,18 +23,20 @@ from decorr_fx.config import RuleName
 from decorr_fx.ops.structure import mix, refold_mode, unfold_mode
 
 # eps * lambda_max(G) is kept below this: T is then positive definite with a condition number of at most 3. lambda_max
-# is bounded from above, by scale * |M|_F + |shift|, so that no step can overshoot, however wrong eps is. It is M and
-# not C that bounds: a tiny C is a difference of large numbers, and a step that scales it up would scale up their
-# rounding errors.
+# is bounded from above, so that no step can overshoot, however wrong eps is: it is at most scale * |M| + max |shift|,
+# and the largest eigenvalue |M| is at most tr(M^4)^(1/4), the Frobenius norm of M^2 to the power 1/2. It is M and not C
+# that bounds: a tiny C is a difference of large numbers, and a step that scales it up would scale up their rounding
+# errors.
 STEP_BOUND = 0.5
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Second moment M of `z [stacks, n, d]`, whose unused rows are zero, over `count` rows.
+    """Second moment M of `z [stacks, n, d]`, whose unused rows are zero, over `count [stacks, 1, 1]` rows.
 
     `C [stacks, d, d]` is M without its diagonal, or None where there are fewer rows than features;
-    `variance [stacks, d]` is the diagonal, and `norm [stacks, 1]` the Frobenius norm of M.
+    `variance [stacks, d]` is the diagonal, `norm [stacks]` the Frobenius norm of M, and `largest
+    [stacks]` an upper bound of its largest eigenvalue.
     """
 
     z: Tensor
@@ -42,15 +44,18 @@ class Moment:
     C: Tensor | None
     variance: Tensor
     norm: Tensor
+    largest: Tensor
 
     @classmethod
     def of(cls, z: Tensor, count: Tensor) -> "Moment":
-        """Measure the rows `z [stacks, n, d]`, of which `count` (a scalar) are in use and the others zero."""
+        """Measure the rows `z [stacks, n, d]`, of which `count [stacks, 1, 1]` are in use and the others zero."""
         dense = z.shape[1] >= z.shape[2]
-        product = (z.mT @ z if dense else z @ z.mT) / count  # the same singular values, the smaller side
-        norm = product.flatten(1).norm(dim=1, keepdim=True)
+        product = (z.mT @ z if dense else z @ z.mT) / count  # the same eigenvalues but for zeros, the smaller side
+        norm = product.flatten(1).norm(dim=1)
+        unit = product / norm.clamp(min=torch.finfo(z.dtype).tiny)[:, None, None]  # its square does not overflow
+        largest = norm * (unit @ unit).flatten(1).norm(dim=1).sqrt()
         C = product - torch.diag_embed(product.diagonal(dim1=1, dim2=2)) if dense else None
-        return cls(z, count, C, z.square().sum(1) / count, norm)
+        return cls(z, count, C, z.square().sum(1) / count[:, 0], norm, largest)
 
     def correlations_times(self, right: Tensor) -> Tensor:
         """Return `C @ right`."""
@@ -59,17 +64,17 @@ class Moment:
         return self.z.mT @ (self.z @ right) / self.count - self.variance[..., None] * right
 
     def correlation(self) -> Tensor:
-        """Return the mean over pairs of units of `C^2`: a scalar."""
+        """Return the mean over pairs of units of `C^2`, `[stacks]`."""
         d = self.variance.shape[1]
         if self.C is not None:
             squared = self.C.square().sum((1, 2))
         else:
-            squared = (self.norm.squeeze(1).square() - self.variance.square().sum(1)).clamp(min=0)
-        return squared.mean() / max(d * (d - 1), 1)
+            squared = (self.norm.square() - self.variance.square().sum(1)).clamp(min=0)
+        return squared / max(d * (d - 1), 1)
 
     def variance_error(self) -> Tensor:
-        """Return the mean over units of `V^2`, with V = diag(M) - I: a scalar."""
-        return (self.variance - 1).square().mean()
+        """Return the mean over units of `V^2`, with V = diag(M) - I, `[stacks]`."""
+        return (self.variance - 1).square().mean(1)
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,12 @@ class Step:
         return stacked
 
     def correlation(self) -> Tensor:
-        """Return the mean squared correlation before the step, averaged over the factors."""
-        return torch.stack([t.moment.correlation() for t in self.transitions]).mean()
+        """Return the mean squared correlation before the step, averaged over the factors, `[stacks]`."""
+        return torch.stack([t.moment.correlation() for t in self.transitions]).mean(0)
 
     def variance_error(self) -> Tensor:
-        """Return the mean squared variance error before the step, averaged over the factors."""
-        return torch.stack([t.moment.variance_error() for t in self.transitions]).mean()
+        """Return the mean squared variance error before the step, averaged over the factors, `[stacks]`."""
+        return torch.stack([t.moment.variance_error() for t in self.transitions]).mean(0)
 
 
 def step_factors(
@@ -147,7 +152,7 @@ def step_factors(
     Args:
         factors: the factors of R, `[stacks, modes[i], modes[i]]`.
         x: rows `[stacks, n, *modes]`, demeaned where the rule asks for it; unused rows are zero.
-        count: scalar, the number of rows in use.
+        count: `[stacks]`, the number of rows in use.
         rule: name of the rule.
         decor_lr: eps; shortened so that `eps * lambda_max(G)` stays below `STEP_BOUND`.
         kappa: weight of the variance error.
@@ -157,7 +162,7 @@ def step_factors(
     transitions = []
     for mode, width in enumerate(z.shape[2:]):
         other_modes = z[0, 0].numel() // width
-        moment = Moment.of(unfold_mode(z, mode), count * other_modes)
+        moment = Moment.of(unfold_mode(z, mode), (count * other_modes)[:, None, None])
         scale, shift = RULES[rule].terms(moment.variance, kappa)
         transitions.append(Transition(moment, scale, shift, _bounded(decor_lr, moment, scale, shift), gain))
     return Step([t.advance(f) for t, f in zip(transitions, factors, strict=True)], transitions)
@@ -165,9 +170,9 @@ def step_factors(
 
 def _bounded(decor_lr: float, moment: Moment, scale: float, shift: Tensor) -> Tensor:
     """Return eps `[stacks, 1, 1]`: `decor_lr`, or less where `eps * lambda_max(G)` might exceed `STEP_BOUND`."""
-    largest = scale * moment.norm + shift.norm(dim=1, keepdim=True)
+    largest = scale * moment.largest + shift.abs().amax(1)
     eps: Tensor = STEP_BOUND / largest
-    return eps.clamp(max=decor_lr)[..., None]
+    return eps.clamp(max=decor_lr)[:, None, None]
 
 
 def _norm_gain(x: Tensor, z: Tensor, factors: int) -> Tensor:

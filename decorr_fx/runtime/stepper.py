@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from decorr_fx.errors import DistributedError
+from decorr_fx.runtime.move import group_by_shape, move
 from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
 
 
@@ -36,7 +37,18 @@ def step_sites(sites: Iterator[Site]) -> None:
 
     Raises:
         DistributedError: there are several ranks, each of which would move R by its own rows.
+        LayerError: a weight was untied after `transform`; no R has moved then.
     """
+    ready = list(_ready(sites))
+    due = [(site, decor_lr) for site in ready if (decor_lr := site.advance()) is not None]
+    for group, decor_lr in group_by_shape(due):
+        move(group, decor_lr)
+    for site in ready:
+        site.forget()
+
+
+def _ready(sites: Iterator[Site]) -> Iterator[Site]:
+    """Yield the sites that take part in this step of the optimizer; those of frozen weights drop their rows."""
     for site in sites:
         parameters = [parameter for weight in site.weights if (parameter := weight.find()) is not None]
         if site.paused or len(parameters) < len(site.weights):
@@ -45,7 +57,7 @@ def step_sites(sites: Iterator[Site]) -> None:
             _check_one_rank(site)
             for weight in site.weights:
                 weight.check()
-            site.step()
+            yield site
         else:
             site.forget()
 

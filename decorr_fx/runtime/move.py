@@ -1,0 +1,107 @@
+"""Moving R: sites of equal shape take their step together, in one batch; weights follow, and bad steps are refused.
+
+Nothing here waits for the device.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decorr_fx.ops.rules import Step, step_factors
+from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
+from decorr_fx.runtime.state import Site, full_precision
+
+MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
+
+
+def group_by_shape(sites: Iterable[tuple[Site, float]]) -> Iterator[tuple[list[Site], float]]:
+    """Yield the sites that can step together, with their step size, given each with its own."""
+    groups: dict[Any, list[Site]] = {}
+    for site, decor_lr in sites:
+        shapes = tuple((weight.layout, weight.centered) for weight in site.spec.weights)
+        key = (shapes, site.spec.config, site.rows.dtype, site.rows.device, decor_lr)
+        groups.setdefault(key, []).append(site)
+    yield from ((group, key[-1]) for key, group in groups.items())
+
+
+@dataclass(frozen=True)
+class Update:
+    """What replaces what if a step is accepted: one tensor a site."""
+
+    old: list[Tensor]
+    new: list[Tensor]
+
+
+@torch.no_grad()
+def move(sites: Sequence[Site], decor_lr: float) -> None:
+    """Move the R of sites of equal shape by one step, on the rows recorded since the last one.
+
+    A site without rows does not move. A step whose rows or results are not finite is refused and counted.
+    """
+    spec, slots = sites[0].spec, len(sites[0].rows)
+    layout, config = spec.layout, spec.config
+    with full_precision(sites[0].rows.device):
+        seen = torch.stack([site.seen for site in sites])
+        used = torch.arange(slots, device=seen.device) < seen[:, None]
+        x = stack_rows(torch.stack([site.rows for site in sites]).where(used[..., None], 0), layout)
+        count = seen.clamp(max=slots).repeat_interleave(layout.stacks)
+        means = None
+        if spec.demeaned:
+            means, x = _demean(sites, x, count, used.repeat_interleave(layout.stacks, 0))
+        factors = [torch.cat(of_sites) for of_sites in zip(*(site.factors for site in sites), strict=True)]
+        step = step_factors(factors, x, count, config.rule, decor_lr, config.kappa)
+        updates = [Update([site.factors[i] for site in sites], _split(f, sites)) for i, f in enumerate(step.factors)]
+        if means is not None:
+            updates.append(Update([site.mean for site in sites], means))
+        if config.preserve_function:
+            updates += _followers(sites, step, means)
+        _commit(sites, updates, step, seen > 0)
+
+
+def _split(stacked: Tensor, sites: Sequence[Site]) -> list[Tensor]:
+    return list(stacked.chunk(len(sites)))
+
+
+def _demean(sites: Sequence[Site], x: Tensor, count: Tensor, used: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the new running mean of each site, and the rows `[stacks, n, *modes]` without it."""
+    old = torch.cat([site.mean for site in sites])
+    ones = [1] * (old.dim() - 1)
+    mean = old + MEAN_MOMENTUM * (x.sum(1) / count.reshape(-1, *ones) - old)
+    return _split(mean, sites), (x - mean[:, None]).where(used.reshape(*used.shape, *ones), 0)
+
+
+def _followers(sites: Sequence[Site], step: Step, means: list[Tensor] | None) -> Iterator[Update]:
+    """Yield the weights, and the biases where centred, such that the function of each layer stands still."""
+    dtype = sites[0].rows.dtype
+    for index, weight in enumerate(sites[0].spec.weights):
+        old = [site.weights[index].get() for site in sites]
+        stacked = torch.cat([stack_weight(W.to(dtype), weight.layout) for W in old])
+        moved = zip(_split(step.retreat(stacked), sites), old, strict=True)
+        yield Update(old, [unstack_weight(part, W.shape, weight.layout).to(W.dtype) for part, W in moved])
+        if weight.centered and means is not None:
+            biases = [bias.get() for site in sites if (bias := site.weights[index].bias) is not None]
+            shifts = [_shift(site, index, mean) for site, mean in zip(sites, means, strict=True)]
+            yield Update(biases, [(b.to(dtype) + s).to(b.dtype) for b, s in zip(biases, shifts, strict=True)])
+
+
+def _shift(site: Site, index: int, mean: Tensor) -> Tensor:
+    """Return what a bias gains when the mean moves to `mean`: `W R (mean - old mean)`."""
+    layout = site.spec.weights[index].layout
+    W = site.weights[index].get().to(site.rows.dtype)
+    return output_of_mean(fold_weight(W, site.factors, layout), mean - site.mean, layout)
+
+
+def _commit(sites: Sequence[Site], updates: list[Update], step: Step, recorded: Tensor) -> None:
+    # a sum is finite if what it adds up is: numbers near the largest one of a type are as good as infinite
+    finite = torch.stack([torch.stack([new.sum() for new in update.new]).isfinite() for update in updates]).all(0)
+    accepted = recorded & finite
+    losses = torch.stack([step.correlation(), step.variance_error()], 1).reshape(len(sites), -1, 2).mean(1)
+    for i, site in enumerate(sites):
+        for update in updates:
+            update.old[i].copy_(update.new[i].where(accepted[i], update.old[i]))
+        site.losses.copy_(losses[i].where(accepted[i], site.losses))
+        site.steps += accepted[i]
+        site.refused += recorded[i] & ~finite[i]
