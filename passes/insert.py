@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -40,11 +41,13 @@ class InsertDecorrelation(Pass[nn.Module]):
             site = _make_site(result, site_plan)
             for index, planned in enumerate(site_plan.weights):
                 _put_at_places(result, site, planned)
-                for use in _one_per_source(planned.weight.uses):
-                    _rewrite_source(use, index)
                 for use in planned.weight.uses:
                     _rewrite_call(use, index, planned.spec.centered)
                     called[use.piece] = None
+                for use in _one_per_source(planned.weight.uses):
+                    _rewrite_source(use, index)
+                for use in planned.weight.uses if planned.spec.centered else ():
+                    _shift_bias(use, index)
                 for piece in planned.watched_in:
                     reads.setdefault(piece, []).extend(_reads(result, site, index, planned, piece))
         for piece in (*called, *self._adapted_around(called)):
@@ -109,7 +112,7 @@ def _put(module: nn.Module, name: str, site: Site) -> None:
     if site.placed:
         vars(module)[name] = site  # no child: the keys of a site are in a checkpoint once
     else:
-        module.add_module(name, site)
+        module.add_module(name, site.train(module.training))
         site.placed = True
 
 
@@ -138,11 +141,14 @@ def _rewrite_source(use: Use, index: int) -> None:
     if source.inner:
         _rewrite_child_call(use, index)
         return
+    readers = [user for user in source.node.users if user.target != "decorrelate_call"]
+    if not readers:
+        return
     with graph.inserting_after(source.node):
         site = _get_site(use)
     with graph.inserting_after(site):
         decorrelated = graph.call_method("decorrelate", (site, source.node, index))
-    source.node.replace_all_uses_with(decorrelated, delete_user_cb=lambda user: user is not decorrelated)
+    source.node.replace_all_uses_with(decorrelated, delete_user_cb=lambda user: user in readers)
 
 
 def _rewrite_child_call(use: Use, index: int) -> None:
@@ -167,15 +173,25 @@ def call_with_parameter(
 
 
 def _rewrite_call(use: Use, index: int, centered: bool) -> None:
-    """Record the call's input in the train graph, once for all weights of a site, and shift its bias where centred."""
+    """Record the call's input in the train graph, once for all weights of a site, and let R act on input or weight."""
     node, graph, arguments = use.call.node, use.call.node.graph, use.call.arguments
+    x, W = arguments["input"], arguments["weight"]
     with graph.inserting_before(node):
         if use.training and index == 0:
-            graph.call_method("record", (_get_site(use), arguments["input"], *_output_padding(use)))
-        if centered:
-            weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-            shifted = graph.call_method("shift_bias", (_get_site(use), arguments["bias"], weight, index))
-            node.replace_input_with(arguments["bias"], shifted)
+            graph.call_method("record", (_get_site(use), x, *_output_padding(use)))
+        if use.call.direct and not centered:
+            operands = graph.call_method("decorrelate_call", (_get_site(use), x, W, index))
+            node.replace_input_with(x, graph.call_function(getitem, (operands, 0)))
+            node.replace_input_with(W, graph.call_function(getitem, (operands, 1)))
+
+
+def _shift_bias(use: Use, index: int) -> None:
+    """Fold the running mean into the bias of a call, which is made on the folded weight by now."""
+    node, graph, bias = use.call.node, use.call.node.graph, use.call.arguments["bias"]
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    with graph.inserting_before(node):
+        shifted = graph.call_method("shift_bias", (_get_site(use), bias, weight, index))
+        node.replace_input_with(bias, shifted)
 
 
 def _output_padding(use: Use) -> tuple[Any, ...]:

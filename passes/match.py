@@ -31,6 +31,11 @@ class Call:
         return self.source.layout
 
     @property
+    def direct(self) -> bool:
+        """Whether the call is made on the very parameter, or rows of it, and not on what is computed from it."""
+        return self.arguments["weight"] is self.source.node and not self.source.inner
+
+    @property
     def bias_path(self) -> str | None:
         """Path of the bias if it and the weight are plain attributes, else None: no place to fold a mean into."""
         bias = self.arguments["bias"]

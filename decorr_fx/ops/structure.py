@@ -18,12 +18,13 @@ so that a grouped convolution, a block-diagonal R and a Kronecker pair are all t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, fields
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from decorr_fx.config import StructureName
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True)
@@ -65,51 +66,20 @@ class Layout:
         return (width, self.taps) if self.paired else (width * self.taps,)
 
     @property
+    def numbers(self) -> list[int]:
+        """The fields in order, for an operator, which takes numbers only."""
+        return [int(getattr(self, field.name)) for field in fields(self)]
+
+    @property
+    def on_channels(self) -> bool:
+        """Whether the first factor works on channels alone, and so could be applied to the layer's input as well."""
+        return self.paired or self.taps == 1
+
+    @property
     def structure(self) -> str:
         """Name of the structure of R, for people."""
         name = "kronecker" if self.paired else "full" if self.blocks == 1 else "block"
         return f"{name} x{self.blocks}" if self.blocks > 1 else name
-
-    def flops(self, rows: int) -> int:
-        """Count the extra FLOP of one training step: folding W (forward and backward) and moving R over `rows` rows."""
-        total = 0
-        size = prod(self.modes)
-        for m in self.modes:
-            n = rows * size // m
-            mix_rows = 2 * n * m * m
-            fold = 2 * 2 * self.d_out * size * m
-            move = 4 * n * m * m if n < m else 2 * n * m * m + 2 * m**3
-            total += mix_rows + fold + move
-        return total * self.stacks
-
-
-def choose_layout(plain: Layout, structure: StructureName, max_dim: int) -> Layout:
-    """Return the layout that `structure` asks for on the weight read as `plain`.
-
-    `auto` is full up to `max_dim` features; beyond that the Kronecker pair for a convolution, and blocks of channels
-    wherever a factor would still be larger than `max_dim`.
-    """
-    small, has_taps = plain.d <= max_dim, plain.taps > 1
-    if structure == "full" or (structure == "auto" and small):
-        return plain
-    if structure == "kronecker":
-        return _with(plain, 1, paired=has_taps)
-    if structure == "block":
-        return _with(plain, _blocks(plain.channels, max_dim // plain.taps), paired=False)
-    return _with(plain, _blocks(plain.channels, max_dim), paired=has_taps)
-
-
-def _with(plain: Layout, blocks: int, paired: bool) -> Layout:
-    # A pair over a single channel is one dense matrix over the taps: say so, instead of carrying a 1 x 1 factor.
-    paired = paired and plain.channels > blocks
-    return Layout(plain.groups, plain.d_out, plain.channels, plain.taps, plain.transposed, blocks, paired)
-
-
-def _blocks(channels: int, most: int) -> int:
-    """Return the fewest equal blocks of at most `most` channels; one where only slivers are equal, as of a prime."""
-    most = max(most, 1)
-    widths = (width for width in range(min(most, channels), most // 4, -1) if channels % width == 0)
-    return channels // next(widths, channels)
 
 
 def stack_weight(W: Tensor, layout: Layout) -> Tensor:
@@ -131,8 +101,8 @@ def unstack_weight(stacked: Tensor, shape: Sequence[int], layout: Layout) -> Ten
 
 
 def stack_rows(rows: Tensor, layout: Layout) -> Tensor:
-    """Return `rows [n, C * taps]`, channel-major, as `[stacks, n, *modes]`."""
-    return rows.reshape(rows.shape[0], layout.stacks, *layout.modes).movedim(1, 0)
+    """Return `rows [sites, n, C * taps]`, channel-major, as `[sites * stacks, n, *modes]`."""
+    return rows.reshape(*rows.shape[:2], layout.stacks, *layout.modes).transpose(1, 2).flatten(0, 1)
 
 
 def unfold_mode(stacked: Tensor, mode: int) -> Tensor:
@@ -146,12 +116,12 @@ def refold_mode(rows: Tensor, like: Tensor, mode: int) -> Tensor:
     return rows.reshape(shape).movedim(-1, 2 + mode)
 
 
-def mix(stacked: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def mix(stacked: Tensor, factors: Sequence[Tensor], first: int = 0) -> Tensor:
     """Multiply every row `w` of `stacked [stacks, n, *modes]` by R from the right: `w^T R`, one factor a mode.
 
-    With the factors transposed this is `R x` for input rows.
+    With the factors transposed this is `R x` for input rows. `factors` are those of the modes from `first` on.
     """
-    for mode, factor in enumerate(factors):
+    for mode, factor in enumerate(factors, start=first):
         stacked = refold_mode(unfold_mode(stacked, mode) @ factor, stacked, mode)
     return stacked
 
@@ -159,6 +129,30 @@ def mix(stacked: Tensor, factors: Sequence[Tensor]) -> Tensor:
 def fold_weight(W: Tensor, factors: Sequence[Tensor], layout: Layout) -> Tensor:
     """Return `W R` in the shape of W: the weight that acts on plain inputs as W acts on decorrelated ones."""
     return unstack_weight(mix(stack_weight(W, layout), factors), W.shape, layout)
+
+
+def fold_taps(W: Tensor, factors: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Return W times the factors after the first, which `mix_channels` applies to the input instead."""
+    if len(factors) == 1:
+        return W
+    return unstack_weight(mix(stack_weight(W, layout), factors[1:], first=1), W.shape, layout)
+
+
+def mix_channels(x: Tensor, factor: Tensor, spatial: int) -> Tensor:
+    """Return `R x` for the channels of a whole input, in its type.
+
+    Args:
+        x: `[..., C]` of a linear (`spatial` 0), or `[N, C, *size]`, or `[C, *size]`, of a convolution.
+        factor: `[stacks, C / stacks, C / stacks]`; each block works on its own channels.
+        spatial: number of spatial dimensions.
+    """
+    stacks, width, _ = factor.shape
+    R = factor.to(x.dtype)
+    if spatial:
+        return CONVOLUTIONS[spatial - 1](x, R.reshape(stacks * width, width, *[1] * spatial), groups=stacks)
+    if stacks == 1:
+        return F.linear(x, R[0])
+    return torch.einsum("...sc,sdc->...sd", x.reshape(*x.shape[:-1], stacks, width), R).flatten(-2)
 
 
 def output_of_mean(W_eff: Tensor, mean: Tensor, layout: Layout) -> Tensor:

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
 from decorr_fx.ops.calls import one_each
-from decorr_fx.ops.record import ConvGeometry, record_conv, record_linear
-from decorr_fx.ops.rules import Step, step_factors
-from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
+from decorr_fx.ops.keep import keep_folded
+from decorr_fx.ops.record import GOLDEN, ConvGeometry, record_conv, record_linear
+from decorr_fx.ops.structure import Layout, fold_taps, fold_weight, mix_channels, output_of_mean
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.weight import SiteWeight
-
-MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
 
 LIVE_SITES: "WeakSet[Site]" = WeakSet()  # every site there is, copies included: the optimizer hook looks here
 
@@ -24,9 +22,9 @@ LIVE_SITES: "WeakSet[Site]" = WeakSet()  # every site there is, copies included:
 class Site(nn.Module):
     """The factors of one R, the weights that it is applied to, and the buffer of rows for its next step.
 
-    `record` and `decorrelate` are what the graph calls; `step` is called between an optimizer's step and the next
-    forward. Factors and counters are saved with the model; recorded rows only where `update_every` above 1 lets them
-    wait from step to step. Factors and rows are float32 at least, whatever the model is cast to.
+    `record` and `decorrelate` are what the graph calls; R moves between an optimizer's step and the next forward, see
+    `runtime.move`. Factors and counters are saved with the model; recorded rows are not, since they never wait longer
+    than for the next step of the optimizer. Factors and rows are float32 at least, whatever the model is cast to.
     """
 
     steps: Tensor
@@ -55,10 +53,8 @@ class Site(nn.Module):
         for name in ("steps", "refused"):
             self.register_buffer(name, torch.zeros((), device=device, dtype=torch.int64))
         width = layout.groups * layout.d
-        # rows wait for the next move of R; with update_every at 1 there are none after a step of the optimizer
-        waiting = spec.config.update_every > 1
-        self.register_buffer("rows", torch.zeros(slots, width, device=device, dtype=dtype), persistent=waiting)
-        self.register_buffer("seen", torch.zeros((), device=device, dtype=torch.int64), persistent=waiting)
+        self.register_buffer("rows", torch.zeros(slots, width, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("seen", torch.zeros((), device=device, dtype=torch.int64), persistent=False)
         self.register_buffer("losses", torch.zeros(2, device=device, dtype=dtype), persistent=False)
         LIVE_SITES.add(self)
 
@@ -73,7 +69,12 @@ class Site(nn.Module):
             self.record_call(x, self.spec.geometry, output_padding)
 
     def record_call(self, x: Tensor, geometry: ConvGeometry | None, output_padding: Sequence[int] | int) -> None:
-        """Record a few rows of the input `x` of a call with this geometry."""
+        """Record a few rows of the input `x` of a call with this geometry, where R moves at the coming step.
+
+        A compiled forward records always: it would be compiled twice, otherwise. What is not used is dropped.
+        """
+        if not (torch.compiler.is_compiling() or self.due):
+            return
         fraction = self.spec.config.sample_fraction
         x = x.detach()
         if geometry is None:
@@ -94,12 +95,55 @@ class Site(nn.Module):
         """Return `W R` in the shape and type of W, weight number `index`; in float32 at least, under autocast, too."""
         if self.stands_in(W, index):
             return W
-        with _full_precision(W.device):
+        kept = self._kept(W, index)
+        return self.fold(W, index) if kept is None else kept
+
+    def fold(self, W: Tensor, index: int) -> Tensor:
+        """Return `W R`, computed anew."""
+        with full_precision(W.device):
             return fold_weight(W.to(self.factors[0].dtype), self.factors, self.weights[index].spec.layout).to(W.dtype)
+
+    def _kept(self, W: Tensor, index: int) -> Tensor | None:
+        """Return the kept `W R` where this one keeps it: in eval mode, where no gradient goes to W."""
+        kept = self._buffers.get(f"kept{index}")
+        if kept is None or (torch.is_grad_enabled() and W.requires_grad) or not self.weights[index].is_parameter:
+            return None
+        if (kept.shape, kept.dtype, kept.device) != (W.shape, W.dtype, W.device):
+            return None
+        layout = self.weights[index].spec.layout
+        with full_precision(W.device):
+            if torch.compiler.is_compiling():
+                torch.ops.decorr_fx.keep_folded(kept, W.detach(), self.factors, layout.numbers)
+            else:
+                keep_folded(kept, W.detach(), self.factors, layout)
+        return kept
+
+    def train(self, mode: bool = True) -> "Site":
+        """Make room for what is kept in eval mode, or give it back; what was kept before is forgotten."""
+        for index, weight in enumerate(self.weights):
+            room = None if mode or not weight.is_parameter else _empty_like(weight.get())
+            self.register_buffer(f"kept{index}", room, persistent=False)
+        return super().train(mode)
+
+    def decorrelate_call(self, x: Tensor, W: Tensor, index: int = 0) -> tuple[Tensor, Tensor]:
+        """Return what a call on input x and weight W is to be made on: `(x, W R)`, or `(R x, W)` where x is smaller.
+
+        The outputs are the same but for rounding. Applied to the smaller of the two, R costs less time, and no more
+        memory. Of a Kronecker pair only the factor over channels can go to the input.
+        """
+        layout = self.weights[index].spec.layout
+        if self.stands_in(W, index) or not self._on_input(x, W, layout):
+            return x, self.decorrelate(W, index)
+        with full_precision(W.device):
+            taps = fold_taps(W.to(self.factors[0].dtype), self.factors, layout).to(W.dtype)
+        return mix_channels(x, self.factors[0], self.spec.spatial), taps
+
+    def _on_input(self, x: Tensor, W: Tensor, layout: Layout) -> bool:
+        return self.training and layout.on_channels and not self.spec.demeaned and x.numel() < W.numel()
 
     def shift_bias(self, bias: Tensor, W_eff: Tensor, index: int = 0) -> Tensor:
         """Return `b - W R mu`, the bias of a layer that sees demeaned rows through the folded weight `W_eff`."""
-        with _full_precision(bias.device):
+        with full_precision(bias.device):
             layout = self.weights[index].spec.layout
             shift = output_of_mean(W_eff.to(self.mean.dtype), self.mean, layout)
             return (bias.to(shift.dtype) - shift).to(bias.dtype)
@@ -109,74 +153,42 @@ class Site(nn.Module):
         """Write `W R` into every weight and `b - W R mu` into its bias; R is to be dropped afterwards."""
         for index, weight in enumerate(self.weights):
             W = weight.get()
-            W.copy_(self.decorrelate(W, index))
+            W.copy_(self.fold(W, index))
             if weight.spec.centered and weight.bias is not None:
                 bias = weight.bias.get()
                 bias.copy_(self.shift_bias(bias, W, index))
 
-    def step(self) -> None:
-        """Move R by one step on the rows recorded since the last one, and forget them.
-
-        A step without rows does nothing. One whose rows or results are not finite is refused and counted. With
-        `update_every` above 1 the steps between collect rows only. Nothing here waits for the device.
-        """
-        decor_lr = self.spec.config.lr_at(self.attempts // self.spec.config.update_every)
+    def advance(self) -> float | None:
+        """Count a step of the optimizer; return the step size of R if R is to move now, else None."""
+        config = self.spec.config
+        due, decor_lr = self.due, config.lr_at(self.attempts)
         self.attempts += 1
-        if self.attempts % self.spec.config.update_every == 0:
-            with torch.no_grad(), _full_precision(self.rows.device):
-                self._move(decor_lr)
-            self.forget()
+        return decor_lr if due else None
+
+    @property
+    def due(self) -> bool:
+        """Whether R moves at the next step of the optimizer.
+
+        It does at one of `update_every` steps, spread by the golden ratio: strictly every n-th step would never come
+        for a layer that is used at every second one, or under an optimizer that wraps another and counts twice.
+        """
+        return self.attempts * GOLDEN % 1 < 1 / self.spec.config.update_every
 
     def forget(self) -> None:
         """Drop the rows recorded so far."""
         self.seen.zero_()
 
-    def _move(self, decor_lr: float) -> None:
-        config, layout = self.spec.config, self.spec.layout
-        used = torch.arange(len(self.rows), device=self.rows.device) < self.seen
-        count = used.sum()
-        x = stack_rows(self.rows.where(used[:, None], 0), layout)
-        mean = None
-        if self.spec.demeaned:
-            mean = self.mean + MEAN_MOMENTUM * (x.sum(1) / count - self.mean)
-            in_use = used.reshape(-1, *[1] * len(layout.modes))
-            x = (x - mean[:, None]).where(in_use, 0)
-        step = step_factors(self.factors, x, count, config.rule, decor_lr, config.kappa)
-        updates = list(zip(self.factors, step.factors, strict=True))
-        if mean is not None:
-            updates.append((self.mean, mean))
-        if config.preserve_function:
-            updates += [update for weight in self.weights for update in self._followers(weight, step, mean)]
-        self._commit(updates, step, count)
-
-    def _followers(self, weight: SiteWeight, step: Step, mean: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Return (weight, its new value), and the same for the bias, such that the layer's function stands still."""
-        W, layout = weight.get(), weight.spec.layout
-        dtype = self.rows.dtype
-        moved = unstack_weight(step.retreat(stack_weight(W.to(dtype), layout)), W.shape, layout)
-        followers = [(W, moved.to(W.dtype))]
-        if weight.spec.centered and weight.bias is not None and mean is not None:
-            bias = weight.bias.get()
-            shift = output_of_mean(fold_weight(W.to(dtype), self.factors, layout), mean - self.mean, layout)
-            followers.append((bias, (bias.to(dtype) + shift).to(bias.dtype)))
-        return followers
-
-    def _commit(self, updates: list[tuple[Tensor, Tensor]], step: Step, count: Tensor) -> None:
-        recorded = count > 0
-        finite = torch.stack([new.isfinite().all() for _, new in updates]).all()
-        accepted = recorded & finite
-        for old, new in updates:
-            old.copy_(new.where(accepted, old))
-        losses = torch.stack([step.correlation(), step.variance_error()])
-        self.losses.copy_(losses.where(accepted, self.losses))
-        self.steps += accepted
-        self.refused += recorded & ~finite
-
     def reset(self) -> None:
         """Set R to the identity and every counter to zero, as `transform` leaves them."""
         for factor in self.factors:
             factor.copy_(torch.eye(factor.shape[-1], device=factor.device, dtype=factor.dtype).expand_as(factor))
-        for buffer in (self.steps, self.refused, self.seen, self.losses, *([self.mean] if self.spec.demeaned else [])):
+        if self.spec.demeaned:
+            self.mean.zero_()
+        self.reset_counters()
+
+    def reset_counters(self) -> None:
+        """Let the site be as before its first step, but for R."""
+        for buffer in (self.steps, self.refused, self.seen, self.losses):
             buffer.zero_()
         self.attempts = 0
 
@@ -201,14 +213,15 @@ class Site(nn.Module):
         if not _has(state_dict, prefix):
             return  # the checkpoint of a plain model, or a part of one: nothing of ours is missing
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.spec.config.update_every == 1:
-            self.forget()
+        self.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Site":
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():  # a cast to half precision must not reach R or its statistics
             old = before[name]
+            if name.startswith("kept"):
+                continue  # it has the type of its weight
             if buffer is not None and old is not None and buffer.dtype != (keep := _at_least_float32(buffer.dtype)):
                 self._buffers[name] = old.to(buffer.device, keep)
         return self
@@ -231,6 +244,11 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
     return (module for module in model.modules() if isinstance(module, Site))
 
 
+def _empty_like(W: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # it may be written outside, too
+        return torch.empty_like(W.detach())
+
+
 def _has(state_dict: Mapping[str, Any], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in state_dict)
 
@@ -239,5 +257,6 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast."""
     return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()

@@ -42,6 +42,11 @@ class SiteWeight:
         """Return the parameter that holds the weight, or None where it was removed or replaced."""
         return self.slots[0].find()
 
+    @property
+    def is_parameter(self) -> bool:
+        """Whether a parameter is there now, and no tensor that stands in for one, as `torch.func` puts it there."""
+        return isinstance(self.find(), nn.Parameter)
+
     def check(self) -> None:
         """Raise where the weight is not the one parameter any more that R was made for.
 

@@ -1,12 +1,28 @@
-import pytest
+from math import inf
+
 import torch
 from cases import LayerCase, layer_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
+from decorr_fx import DecorrConfig
 from decorr_fx.ops import reference
-from decorr_fx.ops.structure import Layout, choose_layout, fold_weight, mix, stack_rows, stack_weight, unstack_weight
+from decorr_fx.ops.cost import Work, choose_layouts
+from decorr_fx.ops.structure import (
+    Layout,
+    fold_taps,
+    fold_weight,
+    mix,
+    mix_channels,
+    stack_rows,
+    stack_weight,
+    unstack_weight,
+)
+
+
+def laid_out(plain: Layout, structure: str, max_dim: int) -> Layout:
+    config = DecorrConfig(structure=structure, max_dim=max_dim)
+    return choose_layouts([plain], config, Work.unknown(plain), affordable=inf)[0]
 
 
 def plain_layout(case: LayerCase) -> Layout:
@@ -36,7 +52,7 @@ structures = st.sampled_from(["auto", "full", "kronecker", "block"])
 @given(layer_cases(), structures, st.integers(1, 12))
 @settings(max_examples=150)
 def test_folding_is_the_dense_product_of_every_group(case: LayerCase, structure: str, max_dim: int) -> None:
-    layout = choose_layout(plain_layout(case), structure, max_dim)
+    layout = laid_out(plain_layout(case), structure, max_dim)
     W = case.make()[0].weight.detach()
     factors = factors_of(layout)
     folded = fold_weight(W, factors, layout)
@@ -52,10 +68,10 @@ def test_folding_is_the_dense_product_of_every_group(case: LayerCase, structure:
 @given(layer_cases(), structures, st.integers(1, 12))
 @settings(max_examples=60)
 def test_rows_are_mixed_by_the_same_matrix_as_weights(case: LayerCase, structure: str, max_dim: int) -> None:
-    layout = choose_layout(plain_layout(case), structure, max_dim)
+    layout = laid_out(plain_layout(case), structure, max_dim)
     factors = factors_of(layout)
     x = torch.randn(3, layout.groups * layout.d, dtype=torch.float64)
-    z = mix(stack_rows(x, layout), [f.mT for f in factors])
+    z = mix(stack_rows(x[None], layout), [f.mT for f in factors])
     flat = z.movedim(1, 0).reshape(3, layout.groups, layout.d)
     for group, rows in enumerate(x.reshape(3, layout.groups, layout.d).unbind(1)):
         expected = reference.decorrelate_rows(rows, dense_of_group(factors, layout, group))
@@ -65,7 +81,7 @@ def test_rows_are_mixed_by_the_same_matrix_as_weights(case: LayerCase, structure
 @given(layer_cases(), structures, st.integers(1, 12))
 @settings(max_examples=60)
 def test_unstacking_inverts_stacking(case: LayerCase, structure: str, max_dim: int) -> None:
-    layout = choose_layout(plain_layout(case), structure, max_dim)
+    layout = laid_out(plain_layout(case), structure, max_dim)
     W = case.make()[0].weight.detach()
     assert torch.equal(unstack_weight(stack_weight(W, layout), W.shape, layout), W)
 
@@ -78,27 +94,20 @@ def test_folding_is_differentiable_in_the_weight_and_in_the_factors() -> None:
     assert torch.autograd.gradgradcheck(lambda W, *f: fold_weight(W, f, layout), (W, *factors))
 
 
-@pytest.mark.parametrize(
-    ("layer", "structure", "max_dim", "expected"),
-    [
-        (nn.Linear(64, 10), "auto", 512, "full"),
-        (nn.Linear(768, 10), "auto", 512, "block x2"),
-        (nn.Conv2d(16, 16, 3), "auto", 512, "full"),
-        (nn.Conv2d(128, 16, 3), "auto", 512, "kronecker"),
-        (nn.Conv2d(1024, 16, 3), "auto", 512, "kronecker x2"),
-        (nn.Conv2d(32, 32, 31, groups=32), "auto", 512, "full"),
-        (nn.Conv2d(2048, 16, 1), "auto", 512, "block x4"),
-        (nn.Linear(25088, 10, device="meta"), "auto", 512, "block x49"),
-        (nn.Linear(25088, 10, device="meta"), "full", 512, "full"),
-        (nn.Conv2d(1024, 16, 3), "kronecker", 512, "kronecker"),
-        (nn.Conv2d(64, 16, 3), "block", 90, "block x8"),
-        (nn.Linear(1031, 4), "auto", 256, "full"),  # a prime: nothing but slivers would be equal blocks
-    ],
-)  # fmt: skip
-def test_the_structure_is_chosen_as_the_docs_say(layer: nn.Module, structure: str, max_dim: int, expected: str) -> None:
-    shape, groups = layer.weight.shape, getattr(layer, "groups", 1)
-    plain = Layout(groups, shape[0] // groups, shape[1], shape[2:].numel())
-    layout = choose_layout(plain, structure, max_dim)
-    assert layout.structure == expected
-    if structure == "auto" and expected != "full":
-        assert max(layout.modes) <= max_dim
+@given(layer_cases(), structures, st.integers(1, 12))
+@settings(max_examples=100)
+def test_R_on_the_channels_of_the_input_is_R_on_the_weight(case: LayerCase, structure: str, max_dim: int) -> None:
+    layer, x = case.make()
+    layout = laid_out(plain_layout(case), structure, max_dim)
+    factors, W = factors_of(layout), layer.weight.detach()
+    if not layout.on_channels:
+        return
+    spatial = W.dim() - 2
+
+    def outputs(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        layer.weight.data = W
+        return layer(x).detach()
+
+    on_weight = outputs(x, fold_weight(W, factors, layout))
+    on_input = outputs(mix_channels(x, factors[0], spatial), fold_taps(W, factors, layout))
+    torch.testing.assert_close(on_input, on_weight)

@@ -160,7 +160,7 @@ def test_a_copy_has_an_R_of_its_own_for_all_its_layers() -> None:
 
 
 def test_R_stands_still_unless_all_its_weights_may_follow() -> None:
-    model, x = decorr_fx.transform(GatedMlp()), torch.randn(30, 6)
+    model, x = decorr_fx.transform(GatedMlp(), DecorrConfig(update_every=1)), torch.randn(30, 6)
     optimizer = torch.optim.SGD([*model.gate.parameters(), *model.down.parameters()], lr=0.01)
     model(x).square().mean().backward()
     optimizer.step()
