@@ -16,6 +16,7 @@ from decorr_fx.passes.example import Example
 from decorr_fx.passes.export import ExportOnnx, ExportReport
 from decorr_fx.passes.fold import FoldDecorrelation
 from decorr_fx.passes.insert import InsertDecorrelation
+from decorr_fx.passes.measure import measure_works
 from decorr_fx.passes.plan import Plan, make_plan
 from decorr_fx.runtime import stepper
 from decorr_fx.runtime.attachment import skipped_of
@@ -27,6 +28,7 @@ def transform(
     model: nn.Module,
     config: DecorrConfig | None = None,
     *,
+    example_inputs: Any = None,
     filter_fn: Filter | None = None,
     overrides: Overrides | None = None,
 ) -> nn.Module:
@@ -40,16 +42,21 @@ def transform(
     Args:
         model: a plain module: transform before compiling or wrapping it.
         config: the settings of all layers; `DecorrConfig()` if None.
+        example_inputs: what the model is called with in training: a tensor, a tuple of positional arguments, or a dict
+            of keyword arguments; dimension 0 of each tensor is the batch. A copy of the model runs on them once, and
+            `structure="auto"` is chosen by how many rows an example gives each layer; how many examples there are
+            makes no difference.
         filter_fn: called with (module, fqn) of each layer; the layer is left alone where it returns False.
         overrides: other settings for layers whose whole fqn matches a regular expression, or None for "leave alone";
             the first pattern that matches counts.
 
     Raises:
-        ModelError: the model is no module, has no layer to decorrelate, is compiled, wrapped or transformed already.
+        ModelError: the model is no module, has no layer to decorrelate, is compiled, wrapped or transformed already,
+            or does not run on `example_inputs`.
         LayerError: a layer is lazy, or has a complex or integer weight.
         ConfigError: a setting is wrong, or a pattern matches no layer.
     """
-    plan = _plan(check_model(model), config, filter_fn, overrides)
+    plan = _plan(check_model(model), config, example_inputs, filter_fn, overrides)
     stepper.follow_optimizers()
     return InsertDecorrelation(plan)(model)
 
@@ -100,6 +107,7 @@ def report(
     model: nn.Module,
     config: DecorrConfig | None = None,
     *,
+    example_inputs: Any = None,
     filter_fn: Filter | None = None,
     overrides: Overrides | None = None,
 ) -> Report:
@@ -113,10 +121,10 @@ def report(
     """
     inner = _unwrapped(model)
     if next(sites_of(inner), None) is not None:
-        if config is not None or filter_fn is not None or overrides is not None:
+        if any(setting is not None for setting in (config, example_inputs, filter_fn, overrides)):
             raise ConfigError("the model is transformed already: report(model) alone tells what was done")
         return Report(tuple(site_records(inner)), skipped_of(inner))
-    plan = _plan(check_model(model), config, filter_fn, overrides)
+    plan = _plan(check_model(model), config, example_inputs, filter_fn, overrides)
     records = (record for site in plan.sites for record in describe(site.spec, site.element_size))
     return Report(tuple(records), plan.skipped)
 
@@ -155,12 +163,15 @@ def paused(model: nn.Module) -> AbstractContextManager[None]:
 def _plan(
     model: nn.Module,
     config: DecorrConfig | None,
+    example_inputs: Any,
     filter_fn: Filter | None,
     overrides: Overrides | None,
 ) -> Plan:
     if config is not None and not isinstance(config, DecorrConfig):
         raise ConfigError(f"config is {config!r}; use a DecorrConfig")
-    return make_plan(model, Settings(config or DecorrConfig(), filter_fn, overrides or {}))
+    settings = Settings(config or DecorrConfig(), filter_fn, overrides or {})
+    works = {} if example_inputs is None else measure_works(model, settings, Example.of(example_inputs))
+    return make_plan(model, settings, works)
 
 
 def _transformed(model: nn.Module) -> nn.Module:

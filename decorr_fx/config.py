@@ -20,16 +20,18 @@ class DecorrConfig:
             variant with C divided by d - 1 and V doubled; `crgd`: demeaned rows and a norm-keeping gain (arXiv
             2407.10780).
         structure: shape of R over the d features of a row. `full`: d x d. `kronecker`: channels (x) kernel taps.
-            `block`: blocks of at most `max_dim` features. `auto`: full up to `max_dim` features; beyond that the
-            Kronecker pair for a convolution; and blocks of channels wherever a factor would still be larger than
-            `max_dim`.
-        decor_lr: step size of R (eps), or a function from the number of R's steps so far to it. A step is shortened
-            where it would be unstable, so that a large value is safe.
+            `block`: blocks of at most `max_dim` features. `auto`: the richest that `cost_budget` allows, of full up to
+            `max_dim` features, the Kronecker pair for a convolution, and blocks of at most `max_dim` channels.
+        cost_budget: most extra FLOP of a training step that `auto` takes, as a part of the model's own; half of it goes
+            to the layers by their own FLOP, half evenly. Counted for a batch of 128 examples: how many rows an example
+            gives a layer, `transform` learns from its `example_inputs`; without them, 4096 rows a step are assumed.
+        decor_lr: step size of R (eps), or a function from the number of the optimizer's steps so far to it. A step is
+            shortened where it would be unstable, so that a large value is safe.
         kappa: weight of the variance error against the correlation, in [0, 1]. 0 decorrelates only, 1 normalises only.
             `crgd` has no such trade-off and ignores it.
         sample_fraction: part of the rows of each forward that is recorded, in (0, 1].
         max_samples: most rows a layer keeps between two steps of R; later rows then replace earlier ones.
-        update_every: R moves at every n-th step of the optimizer, on the latest rows since the last.
+        update_every: R moves at one of n steps of the optimizer, on the rows of the forwards right before it.
         center: subtract the running mean of the rows in the forward, too. It is folded into the bias, so a layer
             without one is run uncentred; `report` says so.
         preserve_function: let W follow each step of R, so that the step leaves the network's function where it was.
@@ -42,11 +44,12 @@ class DecorrConfig:
 
     rule: RuleName = "dbp"
     structure: StructureName = "auto"
-    decor_lr: float | Callable[[int], float] = 0.01
+    cost_budget: float = 0.05
+    decor_lr: float | Callable[[int], float] = 0.08
     kappa: float = 0.5
     sample_fraction: float = 1.0
     max_samples: int = 256
-    update_every: int = 1
+    update_every: int = 8
     center: bool = False
     preserve_function: bool = True
     max_dim: int = 256
@@ -57,6 +60,7 @@ class DecorrConfig:
         self._one_of("structure", get_args(StructureName))
         if not callable(self.decor_lr):
             self._between("decor_lr", 0.0, math.inf)
+        self._between("cost_budget", 0.0, math.inf)
         self._between("kappa", 0.0, 1.0)
         self._between("sample_fraction", math.ulp(0.0), 1.0)  # above 0: no row would ever be recorded
         for name in ("max_samples", "update_every", "max_dim"):

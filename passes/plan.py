@@ -1,14 +1,15 @@
 """Planning: which weights become sites and with which settings, which share one R, and why the others do not."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import LayerError, ModelError
-from decorr_fx.ops.structure import choose_layout
+from decorr_fx.ops.cost import Work, choose_layouts, own_flops, share_of_budget
 from decorr_fx.passes.choose import Settings
 from decorr_fx.passes.code import may_multiply
 from decorr_fx.passes.readers import Readers, check_readable, find_other_readers, find_readers, parameters_in_graph
@@ -22,7 +23,10 @@ from decorr_fx.runtime.spec import SiteSpec, WeightSpec
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """A weight that R is to be applied to, and the modules whose forward runs as it is and reads it."""
+    """A weight that R is to be applied to, and the modules whose forward runs as it is and reads it.
+
+    The layout in `spec` is that of the plain weight until the site's structure is chosen.
+    """
 
     weight: FoundWeight
     spec: WeightSpec
@@ -52,8 +56,10 @@ class Plan:
     skipped: tuple[SkippedRecord, ...]
 
 
-def make_plan(model: nn.Module, settings: Settings) -> Plan:
+def make_plan(model: nn.Module, settings: Settings, works: Mapping[str, Work] = MappingProxyType({})) -> Plan:
     """Decide for every conv and linear of the model; the model is not changed.
+
+    `works` holds what is known of the work of a site, by its fqn.
 
     Raises:
         LayerError: a layer that would be a site has a weight that cannot be decorrelated.
@@ -75,7 +81,7 @@ def make_plan(model: nn.Module, settings: Settings) -> Plan:
     if not chosen:
         reasons = "".join(f"; {s.fqn or '(root)'}: {s.reason}" for s in skipped[:3])
         raise ModelError(f"{type(model).__name__} has no conv or linear layer to decorrelate{reasons}")
-    return Plan(traced, tuple(_sites(chosen, traced)), tuple(skipped))
+    return Plan(traced, tuple(_sites(chosen, traced, works)), tuple(skipped))
 
 
 def _find_weights(traced: Traced) -> tuple[list[FoundWeight], list[SkippedRecord]]:
@@ -98,9 +104,8 @@ def _plan_weight(weight: FoundWeight, config: DecorrConfig, traced: Traced, read
             raise Unmatched(
                 f"its weight is also used by {use.piece!r}, which reads it in another way ({use.call.kind})"
             )
-    layout = choose_layout(weight.layout, config.structure, config.max_dim)
     centered = config.center and not watched_in and _has_own_bias(weight, traced, readers)
-    return WeightPlan(weight, WeightSpec(fqn, weight.kind, layout, centered), config, watched_in)
+    return WeightPlan(weight, WeightSpec(fqn, weight.kind, weight.layout, centered), config, watched_in)
 
 
 def _check_dtype(fqn: str, weight: Tensor) -> None:
@@ -133,25 +138,32 @@ def _users_of(parameter: Tensor, traced: Traced) -> set[object]:
     return users
 
 
-def _sites(plans: list[WeightPlan], traced: Traced) -> Iterator[SitePlan]:
+def _sites(plans: list[WeightPlan], traced: Traced, works: Mapping[str, Work]) -> Iterator[SitePlan]:
     """Join the weights that share their input, and yield a site a group."""
     flow = Flow.of(traced)
     by_config: dict[DecorrConfig, list[WeightPlan]] = {}
     for plan in plans:
         by_config.setdefault(plan.config, []).append(plan)
-    sites = []
+    together: list[list[WeightPlan]] = []
     for config, group in by_config.items():
         weights = [plan.weight for plan in group]
         shared = group_by_input(weights, flow) if config.share_inputs else [[weight] for weight in weights]
         of = {id(plan.weight): plan for plan in group}
-        sites += [_site([of[id(weight)] for weight in together]) for together in shared]
+        together += [[of[id(weight)] for weight in weights] for weights in shared]
     order = {id(plan): number for number, plan in enumerate(plans)}
-    return iter(sorted(sites, key=lambda site: order[id(site.weights[0])]))
+    return _with_structure(sorted(together, key=lambda group: order[id(group[0])]), works)
 
 
-def _site(plans: list[WeightPlan]) -> SitePlan:
-    first = plans[0]
-    return SitePlan(SiteSpec(tuple(p.spec for p in plans), first.weight.geometry, first.config), tuple(plans))
+def _with_structure(groups: list[list[WeightPlan]], works: Mapping[str, Work]) -> Iterator[SitePlan]:
+    """Yield the site of each group of weights, with the structure of its R chosen."""
+    plain = [[plan.weight.layout for plan in group] for group in groups]
+    work = [works.get(g[0].spec.fqn) or Work.unknown(p[0]) for g, p in zip(groups, plain, strict=True)]
+    own = [own_flops(p, w) for p, w in zip(plain, work, strict=True)]
+    for i, group in enumerate(groups):
+        config, geometry = group[0].config, group[0].weight.geometry
+        layouts = choose_layouts(plain[i], config, work[i], share_of_budget(own, i, config.cost_budget))
+        plans = [replace(p, spec=replace(p.spec, layout=layout)) for p, layout in zip(group, layouts, strict=True)]
+        yield SitePlan(SiteSpec(tuple(p.spec for p in plans), geometry, config, work[i]), tuple(plans))
 
 
 def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:

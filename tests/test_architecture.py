@@ -44,6 +44,7 @@ PASSES = {
     "insert": {"base", "match", "plan", "check"},
     "fold": {"base"},
     "example": set(),
+    "measure": {"base", "choose", "example", "plan", "insert"},
     "export": {"base", "example"},
 }
 FORBIDDEN = {"ops": {"torch.fx", "torch.distributed", "onnx"}, "runtime": {"torch.fx", "onnx"}}

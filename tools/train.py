@@ -85,16 +85,19 @@ def prepare(settings: Settings) -> Job:
     steps = settings.epochs * data.steps_per_epoch(settings.batch_size)
     torch.manual_seed(settings.seed)
     model = build_model(settings.model, data.shape, data.classes, settings.batch_size, settings.batch_norm).to(device)
-    contenders = [Contender(name, _of_method(name, model, settings), settings, steps) for name in settings.methods]
+    measured, _ = next(data.batches("train", MEASURED_IMAGES, device))
+    models = {name: _of_method(name, model, measured, settings) for name in settings.methods}
+    contenders = [Contender(name, of_method, settings, steps) for name, of_method in models.items()]
     metrics = _open_folder(settings)
     metrics.header(settings, steps, sum(p.numel() for p in model.parameters()))
-    measured, _ = next(data.batches("train", MEASURED_IMAGES, device))
     return Job(settings, data, contenders, metrics, measured, measure_correlations(model, measured, config))
 
 
-def _of_method(method: str, model: nn.Module, settings: Settings) -> nn.Module:
+def _of_method(method: str, model: nn.Module, images: Tensor, settings: Settings) -> nn.Module:
     own = deepcopy(model)
-    return decorr_fx.transform(own, settings.decorr_config()) if method == "decorr" else own
+    if method == "bp":
+        return own
+    return decorr_fx.transform(own, settings.decorr_config(), example_inputs=images)
 
 
 def _open_folder(settings: Settings) -> Metrics:

@@ -39,9 +39,9 @@ def measure_correlations(model: nn.Module, images: Tensor, config: DecorrConfig)
     """
     probe = deepcopy(model)  # a forward in training mode moves the statistics of BatchNorm
     if next(sites_of(probe), None) is None:
-        probe = decorr_fx.transform(probe, config)
+        probe = decorr_fx.transform(probe, config, example_inputs=images)
     for site in sites_of(probe):
-        site.steps.zero_()  # which rows are recorded depends on it: always the same ones
+        site.reset_counters()  # which rows are recorded, and when, depends on them: always the same ones, and now
     probe.train()
     with torch.no_grad(), decorr_fx.paused(probe):
         probe(images)
@@ -55,7 +55,7 @@ def mean_of(correlations: list[Correlation]) -> float:
 
 def _features(site: Site) -> Tensor:
     """Return rows of z `[n, d]`, of the first stack and mode."""
-    x = stack_rows(site.rows[: int(site.seen)], site.spec.layout)
+    x = stack_rows(site.rows[None, : int(site.seen)], site.spec.layout)
     if site.spec.demeaned:
         x = x - x.mean(1, keepdim=True)
     return unfold_mode(mix(x, [factor.mT for factor in site.factors]), 0)[0]

@@ -42,6 +42,7 @@ class Settings:
     amp: bool
     rule: RuleName
     structure: StructureName
+    cost_budget: float
     decor_lr: float
     kappa: float
     sample_fraction: float
@@ -139,12 +140,13 @@ def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decorrelation: see decorr_fx.DecorrConfig")
     group.add_argument("--rule", choices=get_args(RuleName), default=PRESET.rule, help="what a step of R does")
     group.add_argument("--structure", choices=get_args(StructureName), default=PRESET.structure, help="shape of R")
+    group.add_argument("--cost-budget", type=float, default=PRESET.cost_budget, help="extra FLOP that auto may take")
     group.add_argument("--decor-lr", type=float, default=PRESET.decor_lr, help="step size of R")
     group.add_argument("--kappa", type=float, default=PRESET.kappa, help="weight of the variance error, in [0, 1]")
     group.add_argument("--sample-fraction", type=float, default=PRESET.sample_fraction, help="part of rows recorded")
     group.add_argument("--max-samples", type=int, default=PRESET.max_samples, help="most rows a layer keeps")
     group.add_argument("--max-dim", type=int, default=PRESET.max_dim, help="largest side of a factor of R")
-    group.add_argument("--update-every", type=int, default=PRESET.update_every, help="R moves every n-th step")
+    group.add_argument("--update-every", type=int, default=PRESET.update_every, help="R moves at one of n steps")
     group.add_argument("--center", action="store_true", help="subtract the running mean of the rows, too")
     group.add_argument("--no-preserve-function", dest="preserve_function", action="store_false",
                        help="do not let W follow the steps of R")  # fmt: skip

@@ -7,13 +7,14 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from decorr_fx.ops.cost import REFERENCE_BATCH, apply_flops, move_flops, own_flops
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.state import Site, sites_of
 
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One decorrelated layer.
+    """One decorrelated layer. What is shared with others counts for the first of them.
 
     Attributes:
         fqn: fully qualified name of the layer.
@@ -21,8 +22,11 @@ class SiteRecord:
         d: features of an input row, per group.
         groups: groups of the convolution.
         structure: structure of R that was chosen.
-        bytes: size of R's factors; 0 where R is another layer's.
-        flops: extra FLOP of one training step, at `max_samples` rows.
+        bytes: size of R's factors.
+        row_bytes: size of the buffer of recorded rows.
+        folded_bytes: most that `W R`, or `R x` where that is smaller, takes while the layer runs.
+        flops: extra FLOP of one training step, on average, at a batch of 128.
+        cost: the same as a part of the layer's own FLOP, of forward and backward.
         shares_with: fqn of the layer with the same input whose R this one uses; empty if it has its own.
         note: what differs from the settings, if anything.
     """
@@ -33,9 +37,17 @@ class SiteRecord:
     groups: int
     structure: str
     bytes: int
+    row_bytes: int
+    folded_bytes: int
     flops: int
+    cost: float
     shares_with: str = ""
     note: str = ""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes of R, of its rows, and of the folded weight."""
+        return self.bytes, self.row_bytes, self.folded_bytes
 
     @property
     def remark(self) -> str:
@@ -46,17 +58,22 @@ class SiteRecord:
 
 def describe(spec: SiteSpec, element_size: int) -> Iterator[SiteRecord]:
     """Yield one record a layer of a site; `element_size` is the bytes of one number of R."""
-    size = element_size * spec.layout.stacks * sum(side * side for side in spec.layout.modes)
+    layouts = [weight.layout for weight in spec.weights]
+    moves = move_flops(layouts, spec.work, spec.config.max_samples) // spec.config.update_every
     for index, weight in enumerate(spec.weights):
         layout, leads = weight.layout, index == 0
+        flops = apply_flops([layout], spec.work) + (moves if leads else 0)
         yield SiteRecord(
             fqn=weight.fqn,
             kind=weight.kind,
             d=layout.d,
             groups=layout.groups,
             structure=layout.structure,
-            bytes=size if leads else 0,
-            flops=layout.flops(spec.config.max_samples if leads else 0),  # without rows: folding W alone
+            bytes=element_size * layout.stacks * sum(side * side for side in layout.modes) if leads else 0,
+            row_bytes=element_size * spec.config.max_samples * layout.groups * layout.d if leads else 0,
+            folded_bytes=element_size * layout.groups * layout.d_out * layout.d,
+            flops=flops,
+            cost=flops / own_flops([layout], spec.work),
             shares_with="" if leads else spec.fqn,
             note="not centred: no bias of its own" if spec.config.center and not weight.centered else "",
         )
@@ -78,19 +95,48 @@ class Report:
     sites: tuple[SiteRecord, ...]
     skipped: tuple[SkippedRecord, ...]
 
+    @property
+    def cost(self) -> float:
+        """Extra FLOP of a training step, as a part of the sites' own, at a batch of 128."""
+        own = sum(site.flops / site.cost for site in self.sites if site.cost)
+        return sum(site.flops for site in self.sites) / own if own else 0.0
+
     def __str__(self) -> str:
         """Return the table."""
         rows = [
-            [s.fqn or "(root)", s.kind, s.d, s.groups, s.structure, f"{s.bytes:,}", f"{s.flops / 1e6:,.2f}", s.remark]
+            [
+                s.fqn or "(root)", s.kind, s.d, s.groups, s.structure, *(f"{size / 1024:,.0f}" for size in s.sizes),
+                f"{s.flops / 1e6:,.2f}", f"{100 * s.cost:.1f}", s.remark,
+            ]
             for s in self.sites
+        ]  # fmt: skip
+        headers = [
+            "layer",
+            "kind",
+            "d",
+            "groups",
+            "R",
+            "KiB of R",
+            "of rows",
+            "of W R",
+            "MFLOP a step",
+            "% of own",
+            "note",
         ]
-        headers = ["layer", "kind", "d", "groups", "R", "bytes of R", "MFLOP per step", "note"]
-        total = f"{len(self.sites)} sites, {sum(s.bytes for s in self.sites):,} bytes of R, {len(self.skipped)} skipped"
-        parts = [tabulate(rows, headers, disable_numparse=True), total]
+        parts = [tabulate(rows, headers, disable_numparse=True), self._total()]
         if self.skipped:
             left = [[s.fqn or "(root)", s.kind, s.reason] for s in self.skipped]
             parts.append(tabulate(left, ["skipped layer", "kind", "reason"], disable_numparse=True))
         return "\n\n".join(parts)
+
+    def _total(self) -> str:
+        """Return the line under the table."""
+        mebibytes = [f"{sum(column) / 2**20:,.1f}" for column in zip(*(s.sizes for s in self.sites), strict=True)]
+        sizes = ", ".join(f"{size} MiB of {what}" for size, what in zip(mebibytes, ("R", "rows", "W R"), strict=False))
+        return (
+            f"{len(self.sites)} sites, {len(self.skipped)} skipped; {sizes}; {100 * self.cost:.1f} % more FLOP "
+            f"in a step of {REFERENCE_BATCH} examples"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from decorr_fx.config import DecorrConfig
+from decorr_fx.ops.cost import Work
 from decorr_fx.ops.record import ConvGeometry
 from decorr_fx.ops.rules import RULES
 from decorr_fx.ops.structure import Layout
@@ -34,11 +35,13 @@ class SiteSpec:
             order in which they are stored, and in nothing else. The first one gives the site its name.
         geometry: where the taps of a convolution fall; None for a linear.
         config: the settings.
+        work: what the layers do in a step at the reference batch, by which the structure was chosen.
     """
 
     weights: tuple[WeightSpec, ...]
     geometry: ConvGeometry | None
     config: DecorrConfig
+    work: Work
 
     @property
     def fqn(self) -> str:
@@ -49,6 +52,11 @@ class SiteSpec:
     def layout(self) -> Layout:
         """How rows of the input are read."""
         return self.weights[0].layout
+
+    @property
+    def spatial(self) -> int:
+        """Number of spatial dimensions of the input; 0 for a linear."""
+        return 0 if self.geometry is None else len(self.geometry.kernel)
 
     @property
     def demeaned(self) -> bool:

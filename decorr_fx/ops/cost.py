@@ -1,0 +1,123 @@
+"""What R costs: FLOP of a training step, counted from shapes alone, and the structure of R chosen by them.
+
+The choice is made once, at a *reference batch* of 128 examples, whatever batches come later: the shapes of R, which are
+in checkpoints, depend on the model alone, and on the size of one example where one is given.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from decorr_fx.config import DecorrConfig
+from decorr_fx.ops.structure import Layout
+
+REFERENCE_BATCH = 128
+REFERENCE_ROWS = 4096  # that a layer maps in a step of which nothing but the weight is known
+NARROWEST = 8  # block of channels that is worth a matrix R
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer does in a step at the reference batch: `rows` that it maps, from an input of `inputs` numbers."""
+
+    rows: int
+    inputs: int
+
+    @classmethod
+    def unknown(cls, layout: Layout) -> "Work":
+        """Return what is assumed of a layer of which only the weight is known."""
+        return cls(REFERENCE_ROWS, REFERENCE_ROWS * layout.groups * layout.channels)
+
+
+def own_flops(layouts: Sequence[Layout], work: Work) -> int:
+    """Count the FLOP of forward and backward of the layers that share an input."""
+    return 6 * work.rows * sum(_size(layout) for layout in layouts)
+
+
+def apply_flops(layouts: Sequence[Layout], work: Work) -> int:
+    """Count the FLOP of applying R in forward and backward, to the smaller of weight and input where both can be."""
+    total = 0
+    for layout in layouts:
+        first, *others = layout.modes
+        smaller = min(_size(layout), work.inputs) if layout.on_channels else _size(layout)
+        total += 4 * smaller * first + 4 * _size(layout) * sum(others)
+    return total
+
+
+def move_flops(layouts: Sequence[Layout], work: Work, max_samples: int) -> int:
+    """Count the FLOP of one step of R, and of the weights that follow it."""
+    layout, size = layouts[0], prod(layouts[0].modes)
+    samples = min(max_samples, work.rows)
+    total = 0
+    for m in layout.modes:
+        n = samples * size // m
+        smaller = min(n, m)
+        mix, moment, bound = 2 * n * m * m, 2 * n * m * smaller, 2 * smaller**3
+        advance, inverse = (2 * m**3, m**3) if n >= m else (4 * n * m * m, n**3 + 4 * n * n * m)
+        total += layout.stacks * (mix + moment + bound + advance + inverse)
+        total += sum(2 * _size(other) * (m if n >= m else 2 * n) for other in layouts)
+    return total
+
+
+def extra_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> int:
+    """Count the extra FLOP of a training step, on average, for the weights that share one R."""
+    moves = move_flops(layouts, work, config.max_samples) // config.update_every
+    return apply_flops(layouts, work) + moves
+
+
+def share_of_budget(own: Sequence[int], i: int, cost_budget: float) -> float:
+    """Return the extra FLOP that site number `i` may take, of sites with these `own` FLOP.
+
+    Half of the budget is dealt out by the sites' own FLOP, half evenly: what is cheap for the model as a whole, as a
+    good R for a small head, is not refused for being dear for the head.
+    """
+    return cost_budget * (own[i] + sum(own) / len(own)) / 2
+
+
+def choose_layouts(plain: Sequence[Layout], config: DecorrConfig, work: Work, affordable: float) -> list[Layout]:
+    """Return the layouts that `config.structure` asks for, for weights that share their input, read as `plain`.
+
+    `auto` is the richest structure whose extra FLOP are `affordable`: full up to `max_dim` features; the Kronecker pair
+    for a convolution; and blocks of channels, as large as they can be. Where none is, it is the one with the smallest
+    blocks.
+    """
+    chosen = list(plain)
+    for candidate in candidates(plain[0], config):
+        chosen = [replace(layout, blocks=candidate.blocks, paired=candidate.paired) for layout in plain]
+        if config.structure != "auto" or extra_flops(chosen, work, config) <= affordable:
+            break
+    return chosen
+
+
+def candidates(plain: Layout, config: DecorrConfig) -> Iterator[Layout]:
+    """Yield the layouts that a structure may come to, the richest first."""
+    has_taps = plain.taps > 1
+    if config.structure == "full":
+        yield plain
+    elif config.structure == "kronecker":
+        yield _cut(plain, 1, paired=has_taps)
+    elif config.structure == "block":
+        yield _cut(plain, next(_blocks(plain.channels, config.max_dim // plain.taps)), paired=False)
+    else:
+        if plain.d <= config.max_dim:
+            yield plain
+        for blocks in _blocks(plain.channels, config.max_dim):
+            yield _cut(plain, blocks, paired=has_taps)
+
+
+def _cut(plain: Layout, blocks: int, paired: bool) -> Layout:
+    # A pair over a single channel is one dense matrix over the taps: say so, instead of carrying a 1 x 1 factor.
+    return replace(plain, blocks=blocks, paired=paired and plain.channels > blocks)
+
+
+def _blocks(channels: int, most: int) -> Iterator[int]:
+    """Yield the numbers of equal blocks of at most `most` channels, but no slivers, fewest first; else 1."""
+    most = max(most, 1)
+    least = min(NARROWEST, most, channels)
+    widths = [width for width in range(min(most, channels), least - 1, -1) if channels % width == 0]
+    yield from [channels // width for width in widths] or [1]
+
+
+def _size(layout: Layout) -> int:
+    """Return how many numbers the weight has."""
+    return layout.groups * layout.d_out * layout.d

@@ -1,0 +1,110 @@
+from math import inf
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import decorr_fx
+from decorr_fx import DecorrConfig
+from decorr_fx.ops.cost import (
+    NARROWEST,
+    Work,
+    apply_flops,
+    choose_layouts,
+    extra_flops,
+    move_flops,
+    own_flops,
+    share_of_budget,
+)
+from decorr_fx.ops.structure import Layout
+from decorr_fx.runtime.move import move
+from decorr_fx.runtime.state import sites_of
+
+
+def plain_layout(layer: nn.Module) -> Layout:
+    shape, groups = layer.weight.shape, getattr(layer, "groups", 1)
+    return Layout(groups, shape[0] // groups, shape[1], shape[2:].numel())
+
+
+@pytest.mark.parametrize(
+    ("layer", "structure", "max_dim", "expected"),
+    [
+        (nn.Linear(64, 10), "auto", 512, "full"),
+        (nn.Linear(768, 10), "auto", 512, "block x2"),
+        (nn.Conv2d(16, 16, 3), "auto", 512, "full"),
+        (nn.Conv2d(128, 16, 3), "auto", 512, "kronecker"),
+        (nn.Conv2d(1024, 16, 3), "auto", 512, "kronecker x2"),
+        (nn.Conv2d(32, 32, 31, groups=32), "auto", 512, "full"),
+        (nn.Conv2d(2048, 16, 1), "auto", 512, "block x4"),
+        (nn.Linear(25088, 10, device="meta"), "auto", 512, "block x49"),
+        (nn.Linear(25088, 10, device="meta"), "full", 512, "full"),
+        (nn.Conv2d(1024, 16, 3), "kronecker", 512, "kronecker"),
+        (nn.Conv2d(64, 16, 3), "block", 90, "block x8"),
+        (nn.Linear(1031, 4), "auto", 256, "full"),  # a prime: nothing but slivers would be equal blocks
+    ],
+)  # fmt: skip
+def test_the_structure_is_chosen_as_the_docs_say(layer: nn.Module, structure: str, max_dim: int, expected: str) -> None:
+    plain = plain_layout(layer)
+    config = DecorrConfig(structure=structure, max_dim=max_dim)
+    (layout,) = choose_layouts([plain], config, Work.unknown(plain), affordable=inf)
+    assert layout.structure == expected
+    if structure == "auto" and expected != "full":
+        assert max(layout.modes) <= max_dim
+
+
+@pytest.mark.parametrize("rows", [128, 512, 4096, 100_000])
+@pytest.mark.parametrize("layer", [nn.Linear(768, 768), nn.Conv2d(512, 512, 3), nn.Conv2d(64, 64, 3)])
+def test_auto_is_the_richest_within_the_budget(layer: nn.Module, rows: int) -> None:
+    plain = plain_layout(layer)
+    work = Work(rows, rows * plain.channels)
+    affordable = 0.05 * own_flops([plain], work)
+    (layout,) = choose_layouts([plain], DecorrConfig(), work, affordable)
+    width = layout.channels // layout.blocks
+    assert extra_flops([layout], work, DecorrConfig()) <= affordable or width == NARROWEST
+    (richer,) = choose_layouts([plain], DecorrConfig(max_dim=2 * width), work, affordable=inf)
+    assert width == 256 or richer == layout or extra_flops([richer], work, DecorrConfig()) > affordable
+
+
+def test_the_shares_add_up_to_the_budget_and_a_small_layer_is_not_starved() -> None:
+    own = [1000, 10, 500]
+    shares = [share_of_budget(own, i, 0.05) for i in range(3)]
+    assert sum(shares) == pytest.approx(0.05 * sum(own))
+    assert shares[1] > 0.5 * own[1]
+
+
+@pytest.mark.parametrize("positions", [1, 4, 30])
+@pytest.mark.parametrize("structure", ["full", "kronecker", "block"])
+@pytest.mark.parametrize("layer", [nn.Linear(48, 40), nn.Conv1d(48, 40, 3, padding=1), nn.Conv1d(48, 40, 1)])
+def test_applying_R_takes_the_flops_that_are_counted(layer: nn.Module, structure: str, positions: int) -> None:
+    """Counted by torch over forward and backward, against the plain layer."""
+    batch = 4
+    x = torch.randn(batch, positions, 48) if isinstance(layer, nn.Linear) else torch.randn(batch, 48, positions)
+    config = DecorrConfig(structure=structure, max_dim=24)
+    model = decorr_fx.transform(layer, config)
+    (site,) = sites_of(model)
+    counts = []
+    for module in (model, layer):
+        with FlopCounterMode(display=False) as counter:
+            module(x.clone().requires_grad_()).sum().backward()
+        counts.append(counter.get_total_flops())
+    work = Work(batch * positions, x.numel())
+    assert counts[0] - counts[1] == apply_flops([site.spec.layout], work)
+    assert counts[1] == own_flops([site.spec.layout], work) - (layer.bias is None)
+
+
+@pytest.mark.parametrize("rows", [16, 200])
+@pytest.mark.parametrize("structure", ["full", "kronecker"])
+def test_moving_R_takes_the_flops_that_are_counted(structure: str, rows: int) -> None:
+    """Torch counts products only: the inverse is left out on both sides."""
+    model = decorr_fx.transform(nn.Conv1d(32, 20, 3), DecorrConfig(structure=structure, max_samples=rows))
+    (site,) = sites_of(model)
+    model(torch.randn(10, 32, 40))
+    with FlopCounterMode(display=False) as counter:
+        move([site], 0.01)
+    counted = move_flops([site.spec.layout], Work(380, 10 * 32 * 40), rows)
+    inverses = 0
+    for m in site.spec.layout.modes:
+        n = rows * site.spec.layout.d // m
+        inverses += m**3 if n >= m else n**3
+    assert counter.get_total_flops() == counted - inverses
