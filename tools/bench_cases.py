@@ -1,0 +1,82 @@
+"""What is measured: a model on inputs of some shape, and the suites of cases with their bars."""
+
+from dataclasses import dataclass, replace
+
+VIT_S, VIT_B = "vit_small_patch16_224", "vit_base_patch16_224"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Most that decorrelation may take, as a ratio to the plain model; None where nothing is promised."""
+
+    step: float | None = None
+    evaluation: float | None = None
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step: of which model, on what.
+
+    Attributes:
+        model: name of a torchvision or timm model, or `linears` for three linears of `width` features.
+        batch: examples in a step.
+        size: pixels of a side.
+        dtype: `float32`, or `bfloat16` under autocast.
+        channels_last: memory format of model and images.
+        compile: run under torch.compile.
+        device: `cpu`, `cuda`, ...
+        methods: that are measured besides the plain model.
+        max_samples: rows that R steps on; None for the library's default.
+        width: of `linears`.
+        bars: of the first method.
+    """
+
+    model: str = "resnet18"
+    batch: int = 32
+    size: int = 64
+    dtype: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    device: str = "cpu"
+    methods: tuple[str, ...] = ("auto",)
+    max_samples: int | None = None
+    width: int = 256
+    bars: Bars = Bars()
+
+    @property
+    def title(self) -> str:
+        """The case in a line."""
+        inputs = f"{self.batch} x {self.width}" if self.model == "linears" else f"batch {self.batch}, {self.size} px"
+        parts = [self.model, inputs, self.dtype, "compiled" if self.compile else "eager"]
+        parts += ["channels_last"] if self.channels_last else []
+        parts += [f"{self.max_samples} rows"] if self.max_samples else []
+        return ", ".join([*parts, self.device])
+
+
+_EVERY_METHOD = ("auto", "full", "kronecker", "block", "textbook", "muon", "soap", "shampoo")
+SUITES = {
+    "cpu": (
+        Case(batch=128, bars=Bars(step=1.12, evaluation=1.0)),
+        Case(batch=32, methods=_EVERY_METHOD, bars=Bars(step=1.35, evaluation=1.0)),
+        Case(batch=128, compile=True, bars=Bars(step=1.15, evaluation=1.0)),
+        Case(VIT_S, batch=32, size=224, bars=Bars(step=1.10, evaluation=1.0)),
+        Case("resnet50", batch=64, size=224, bars=Bars(memory=1.05)),
+    ),
+    "gpu": (
+        Case("resnet50", 256, 224, "bfloat16", True, True, "cuda", bars=Bars(1.05, 1.0, 1.05)),
+        Case(VIT_B, 256, 224, "bfloat16", False, True, "cuda", bars=Bars(1.03, 1.0)),
+        Case("resnet50", 64, 224, device="cuda", methods=("auto", "kronecker", "muon", "soap"), bars=Bars(memory=1.05)),
+        Case("resnet18", 128, 64, device="cuda", methods=("auto", "full", "textbook"), bars=Bars(evaluation=1.0)),
+    ),
+}
+
+
+def sweep(case: Case, over: str) -> list[Case]:
+    """Return the cases of a sweep: over the batch, the features d of a layer, or the rows that R steps on."""
+    if over == "batch":
+        return [replace(case, batch=batch) for batch in (8, 16, 32, 64, 128)]
+    if over == "samples":
+        return [replace(case, max_samples=rows) for rows in (32, 64, 128, 256, 512, 1024)]
+    widths = (64, 128, 256, 512, 1024, 2048)
+    return [replace(case, model="linears", batch=2048, width=d, methods=("auto", "full")) for d in widths]

@@ -1,0 +1,97 @@
+"""What came of a case: the table with the bars beside it, and the JSON file."""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_cases import Bars, Case
+from bench_measure import PHASES, Contender, Spread
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method on one case.
+
+    Attributes:
+        method: which one.
+        steps: how many were timed.
+        step: milliseconds of a training step.
+        phases: milliseconds of each part of it, medians.
+        ratio: of the step to the plain model's median.
+        evaluation: milliseconds of a forward in eval mode.
+        evaluation_ratio: likewise.
+        memory: peak bytes of training; None where it was not measured.
+    """
+
+    method: str
+    steps: int = 0
+    step: Spread | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+    ratio: Spread | None = None
+    evaluation: Spread | None = None
+    evaluation_ratio: Spread | None = None
+    memory: int | None = None
+
+
+def result_of(contender: Contender, plain: Contender, memory: int | None) -> Result:
+    """Summarise what was measured of a contender."""
+    step, forward = contender.step_spread(), Spread.of(contender.evaluations)
+    phases = {name: contender.phase_spread(i).median for i, name in enumerate(PHASES)}
+    ratio = step.times(1 / plain.step_spread().median)
+    evaluation_ratio = forward.times(1 / Spread.of(plain.evaluations).median)
+    return Result(
+        contender.method, contender.measured, step, phases, ratio, forward, evaluation_ratio, memory
+    )  # fmt: skip
+
+
+def case_table(case: Case, results: Sequence[Result]) -> Table:
+    """Return the table of a case; bars stand beside the first method after the plain model."""
+    table = Table(title=case.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for name in ("ms a step", "ratio (quartiles)", "bar", *PHASES, "eval ratio", "bar", "peak MiB", "ratio", "bar"):
+        table.add_column(name, justify="right", no_wrap=True)
+    plain = results[0]
+    for i, result in enumerate(results):
+        bars = case.bars if i == 1 else Bars()
+        shares = [f"{result.phases[name]:.1f}" if result.phases else "-" for name in PHASES]
+        table.add_row(
+            result.method, f"{result.step.median:.1f}" if result.step else "-", _ratio(result.ratio), _bar(bars.step),
+            *shares, _ratio(result.evaluation_ratio), _bar(bars.evaluation),
+            "-" if result.memory is None else f"{result.memory / 2**20:,.0f}",
+            "-" if result.memory is None or plain.memory is None else f"{result.memory / plain.memory:.3f}",
+            _bar(bars.memory),
+        )  # fmt: skip
+    return table
+
+
+def _ratio(spread: Spread | None) -> str:
+    return "-" if spread is None else f"{spread.median:.3f} ({spread.low:.3f} - {spread.high:.3f})"
+
+
+def _bar(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def write_json(path: Path, measured: Sequence[tuple[Case, Sequence[Result]]]) -> None:
+    """Write what was measured, with what it was measured on; whole or not at all."""
+    cases = [{"case": asdict(case), "results": [asdict(result) for result in results]} for case, results in measured]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({**_environment(measured), "cases": cases}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _environment(measured: Sequence[tuple[Case, Sequence[Result]]]) -> dict[str, Any]:
+    on_gpu = any(case.device.startswith("cuda") for case, _ in measured)
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "unit": "milliseconds; ratios are to the plain model; low and high are quartiles",
+    }
