@@ -56,71 +56,69 @@ def sample_indices(total: int, count: int, steps: Tensor) -> Tensor:
     return position % total * stride % total
 
 
-@torch.library.custom_op("decorr_fx::record_linear", mutates_args=("rows", "seen"))
-def record_linear(rows: Tensor, seen: Tensor, steps: Tensor, x: Tensor, fraction: float) -> None:
-    """Record rows of the input of a linear.
+@torch.library.custom_op("decorr_fx::sample_indices", mutates_args=())
+def sample_indices_op(steps: Tensor, total: int, count: int) -> Tensor:
+    """Do the same as a node of a compiled graph, which would be compiled for every `total` otherwise."""
+    return sample_indices(total, count, steps)
+
+
+@sample_indices_op.register_fake
+def _(steps: Tensor, total: int, count: int) -> Tensor:
+    return steps.new_empty(count)
+
+
+@torch.library.custom_op("decorr_fx::store_rows", mutates_args=("rows", "seen"))
+def store_rows(rows: Tensor, seen: Tensor, picked: Tensor) -> None:
+    """Write rows into the buffer; where it is full, the oldest ones are replaced. A recomputation writes nothing.
 
     Args:
-        rows: `[slots, d]`, the buffer; where it is full, the oldest rows are replaced.
+        rows: `[slots, d]`, the buffer.
         seen: scalar int64, the number of rows recorded since the last step of R.
-        steps: scalar int64, the number of steps of R so far.
-        x: `[..., d]`, the input.
-        fraction: part of the input's rows to record, at most as many as there are slots.
+        picked: `[n, d]`, the rows.
     """
-    if _recomputing():
+    if recomputing():
         return
+    slot = (seen + torch.arange(len(picked), device=seen.device)) % len(rows)
+    rows[slot] = picked
+    seen += len(picked)
+
+
+def recomputing() -> bool:
+    """Tell whether autograd is running a backward: then a forward is one that checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1  # there is no public call for it
+
+
+def linear_rows(x: Tensor, slots: int, fraction: float, steps: Tensor) -> Tensor:
+    """Return some rows `[n, d]` of the input `x [..., d]` of a linear, `fraction` of them and at most `slots`."""
     tokens = x.reshape(-1, x.shape[-1])
-    picked = _pick(len(tokens), len(rows), fraction, steps)
-    _store(rows, seen, tokens[picked])
+    return tokens[_pick(tokens.shape[0], slots, fraction, steps)]
 
 
-@torch.library.custom_op("decorr_fx::record_conv", mutates_args=("rows", "seen"))
-def record_conv(
-    rows: Tensor,
-    seen: Tensor,
-    steps: Tensor,
-    x: Tensor,
-    fraction: float,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-) -> None:
-    """Record patches of the input of a convolution, padding zeros included.
+def conv_rows(
+    x: Tensor, slots: int, fraction: float, steps: Tensor, geometry: ConvGeometry, output_padding: Sequence[int]
+) -> Tensor:
+    """Return some patches `[n, C * taps]` of the input `x [(N,) C, *size]` of a convolution, padding zeros included.
 
     A patch of a transposed convolution is what one output position sees: the input with `stride - 1` zeros between its
-    elements. Arguments are those of `record_linear`, with `x: [N, C, *size]` or `[C, *size]`, `rows: [slots, C * taps]`
-    and the geometry; `padding` holds (before, after) of each dimension in turn.
+    elements.
     """
-    if _recomputing():
-        return
-    pads = tuple(zip(padding[::2], padding[1::2], strict=True))
-    geometry = ConvGeometry(tuple(kernel), tuple(stride), pads, tuple(dilation), transposed)
-    batch = x if x.dim() == len(kernel) + 2 else x.unsqueeze(0)
+    batch = x if x.dim() == len(geometry.kernel) + 2 else x.unsqueeze(0)
     out_size = geometry.out_size(batch.shape[2:], output_padding)
-    picked = _pick(len(batch) * prod(out_size), len(rows), fraction, steps)
-    _store(rows, seen, _gather_patches(batch, picked, out_size, geometry))
-
-
-def _recomputing() -> bool:
-    return torch._C._current_graph_task_id() != -1  # no public call tells whether autograd is running a backward
+    picked = _pick(batch.shape[0] * prod(out_size), slots, fraction, steps)
+    return _gather_patches(batch, picked, out_size, geometry)
 
 
 def _pick(total: int, slots: int, fraction: float, steps: Tensor) -> Tensor:
-    return sample_indices(total, min(slots, ceil(fraction * total)), steps)
-
-
-def _store(rows: Tensor, seen: Tensor, picked: Tensor) -> None:
-    slot = (seen + torch.arange(len(picked), device=seen.device)) % len(rows)
-    rows[slot] = picked.to(rows.dtype)
-    seen += len(picked)
+    count = min(slots, total if fraction == 1 else ceil(fraction * total))
+    if torch.compiler.is_compiling():
+        indices: Tensor = sample_indices_op(steps, total, count)
+        return indices
+    return sample_indices(total, count, steps)
 
 
 def _gather_patches(x: Tensor, picked: Tensor, out_size: Sequence[int], geometry: ConvGeometry) -> Tensor:
     """Return the patches `[n, C * taps]` of `x [N, C, *size]` at the positions numbered over (image, *out_size)."""
-    image, *position = _unravel(picked, [len(x), *out_size])
+    image, *position = _unravel(picked, [x.shape[0], *out_size])
     tap = _unravel(torch.arange(prod(geometry.kernel), device=x.device), geometry.kernel)
     inside = torch.ones((), dtype=torch.bool, device=x.device)
     where = []

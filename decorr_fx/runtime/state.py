@@ -11,7 +11,7 @@ from torch.amp import is_autocast_available
 
 from decorr_fx.ops.calls import one_each
 from decorr_fx.ops.keep import keep_folded
-from decorr_fx.ops.record import GOLDEN, ConvGeometry, record_conv, record_linear
+from decorr_fx.ops.record import GOLDEN, ConvGeometry, conv_rows, linear_rows, recomputing, store_rows
 from decorr_fx.ops.structure import Layout, fold_taps, fold_weight, mix_channels, output_of_mean
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.weight import SiteWeight
@@ -73,19 +73,15 @@ class Site(nn.Module):
 
         A compiled forward records always: it would be compiled twice, otherwise. What is not used is dropped.
         """
-        if not (torch.compiler.is_compiling() or self.due):
+        if not torch.compiler.is_compiling() and (not self.due or recomputing()):
             return
-        fraction = self.spec.config.sample_fraction
-        x = x.detach()
+        slots, fraction, x = self.rows.shape[0], self.spec.config.sample_fraction, x.detach()
         if geometry is None:
-            record_linear(self.rows, self.seen, self.steps, x, fraction)
-            return
-        pads = [side for pair in geometry.padding for side in pair]
-        padding = list(one_each(output_padding, len(geometry.kernel))) if geometry.transposed else []
-        record_conv(
-            self.rows, self.seen, self.steps, x, fraction, list(geometry.kernel), list(geometry.stride), pads,
-            list(geometry.dilation), geometry.transposed, padding,
-        )  # fmt: skip
+            picked = linear_rows(x, slots, fraction, self.steps)
+        else:
+            padding = one_each(output_padding, len(geometry.kernel)) if geometry.transposed else ()
+            picked = conv_rows(x, slots, fraction, self.steps, geometry, padding)
+        store_rows(self.rows, self.seen, picked.to(self.rows.dtype))
 
     def stands_in(self, W: object, index: int) -> bool:
         """Tell whether `W` is not the weight number `index`, but `W R` that was put in its place."""

@@ -4,18 +4,18 @@ from cases import LayerCase, conv_cases, linear_cases, transposed_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import decorr_fx
 from decorr_fx.ops import reference
-from decorr_fx.ops.record import record_conv, record_linear, sample_indices
+from decorr_fx.ops.record import sample_indices, sample_indices_op, store_rows
 from decorr_fx.runtime.state import Site, sites_of
 
 
-def buffers(slots: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows, seen and steps of a site."""
-    zero = torch.zeros((), dtype=torch.int64)
-    return torch.zeros(slots, width, dtype=dtype), zero.clone(), zero.clone()
+def buffers(slots: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return rows and seen of a site."""
+    return torch.zeros(slots, width, dtype=torch.float64), torch.zeros((), dtype=torch.int64)
 
 
 def recorded(layer: nn.Module, x: Tensor, steps: int = 0, **config: object) -> Site:
@@ -87,9 +87,9 @@ def test_a_fraction_of_the_rows_is_recorded() -> None:
 
 
 def test_several_forwards_fill_the_buffer_and_then_replace_the_oldest_rows() -> None:
-    rows, seen, steps = buffers(4, 1)
+    rows, seen = buffers(4, 1)
     for value in (1.0, 2.0, 3.0):
-        record_linear(rows, seen, steps, torch.full((2, 1), value, dtype=torch.float64), 1.0)
+        store_rows(rows, seen, torch.full((2, 1), value, dtype=torch.float64))
     assert seen == 6
     assert rows.flatten().tolist() == [3, 3, 2, 2]
 
@@ -121,14 +121,33 @@ def test_values_outside_the_image_are_zero_even_where_the_image_is_infinite() ->
     assert not site.rows.isnan().any()
 
 
-def test_opcheck_record_linear() -> None:
-    rows, seen, steps = buffers(6, 4)
-    torch.library.opcheck(record_linear, (rows, seen, steps, torch.randn(2, 3, 4, dtype=torch.float64), 0.5))
+def test_opcheck() -> None:
+    torch.library.opcheck(store_rows, (*buffers(6, 4), torch.randn(3, 4, dtype=torch.float64)))
+    torch.library.opcheck(sample_indices_op, (torch.tensor(3), 50, 7))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_opcheck_record_conv(transposed: bool) -> None:
-    rows, seen, steps = buffers(6, 2 * 6)
-    x = torch.randn(2, 2, 5, 6, dtype=torch.float64)
-    geometry = ([2, 3], [2, 1], [0, 0, 1, 2], [1, 1], transposed, [0, 0])
-    torch.library.opcheck(record_conv, (rows, seen, steps, x, 1.0, *geometry))
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(8, 2), torch.randn(3, 8)),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1), torch.randn(3, 2, 7, 8)),
+        (nn.Conv2d(2, 3, 3, padding=1), torch.randn(3, 2, 7, 8).contiguous(memory_format=torch.channels_last)),
+        (nn.ConvTranspose1d(2, 3, 3, stride=2), torch.randn(3, 2, 8)),
+    ],
+    ids=["linear", "conv", "channels_last", "transposed"],
+)
+def test_a_compiled_forward_gathers_the_same_rows_in_one_kernel(layer: nn.Module, x: Tensor) -> None:
+    """Between the choice of the rows and the write into the buffer."""
+    expected = recorded(layer, x, max_samples=16)
+    model = decorr_fx.transform(layer, decorr_fx.DecorrConfig(max_samples=16))
+    (site,) = sites_of(model)
+    geometry, padding = site.spec.geometry, (0,)
+
+    def gather(x: Tensor) -> None:
+        site.record_call(x, geometry, padding)
+
+    torch._dynamo.reset()
+    _, (code,) = run_and_get_code(torch.compile(gather, fullgraph=True), x)
+    assert torch.equal(site.rows, expected.rows) and torch.equal(site.seen, expected.seen)
+    called = code[code.index("def call(") :]
+    assert called.count("cpp_fused") == 1 and "extern_kernels" not in called
