@@ -58,7 +58,7 @@ def _features(site: Site) -> Tensor:
     x = stack_rows(site.rows[None, : int(site.seen)], site.spec.layout)
     if site.spec.demeaned:
         x = x - x.mean(1, keepdim=True)
-    return unfold_mode(mix(x, [factor.mT for factor in site.factors]), 0)[0]
+    return unfold_mode(mix(x, [factor.mT for factor in site.factors]), 0, len(x))[0]
 
 
 def _correlate(z: Tensor) -> Tensor:

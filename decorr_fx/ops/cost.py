@@ -6,7 +6,6 @@ in checkpoints, depend on the model alone, and on the size of one example where 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.ops.structure import Layout
@@ -46,15 +45,15 @@ def apply_flops(layouts: Sequence[Layout], work: Work) -> int:
 
 def move_flops(layouts: Sequence[Layout], work: Work, max_samples: int) -> int:
     """Count the FLOP of one step of R, and of the weights that follow it."""
-    layout, size = layouts[0], prod(layouts[0].modes)
-    samples = min(max_samples, work.rows)
+    layout = layouts[0]
+    samples, size = min(max_samples, work.rows), layout.groups * layout.d
     total = 0
-    for m in layout.modes:
-        n = samples * size // m
+    for stacks, m, _ in layout.factor_shapes:
+        n = samples * size // (stacks * m)
         smaller = min(n, m)
         mix, moment, bound = 2 * n * m * m, 2 * n * m * smaller, 2 * smaller**3
         advance, inverse = (2 * m**3, m**3) if n >= m else (4 * n * m * m, n**3 + 4 * n * n * m)
-        total += layout.stacks * (mix + moment + bound + advance + inverse)
+        total += stacks * (mix + moment + bound + advance + inverse)
         total += sum(2 * _size(other) * (m if n >= m else 2 * n) for other in layouts)
     return total
 

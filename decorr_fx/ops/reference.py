@@ -35,11 +35,10 @@ def patches(x: Tensor, weight_shape: Sequence[int], groups: int, transposed: boo
     return out.movedim(1, -1).flatten(0, -2)
 
 
-def dense(factors: Sequence[Tensor]) -> Tensor:
-    """Return the Kronecker product of the factors `[d_i, d_i]`: R as one matrix."""
-    R = factors[0]
-    for factor in factors[1:]:
-        R = torch.kron(R, factor)
+def dense(blocks: Sequence[Tensor], taps: Tensor | None = None) -> Tensor:
+    """Return R as one matrix: blocks over channels on the diagonal, each with the matrix over taps that they share."""
+    on_diagonal = [block if taps is None else torch.kron(block, taps) for block in blocks]
+    R: Tensor = torch.block_diag(*on_diagonal)  # type: ignore[no-untyped-call]
     return R
 
 
@@ -111,21 +110,31 @@ def norm_gain(x: Tensor, z: Tensor) -> float:
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
+class Stepped(NamedTuple):
+    """New blocks and taps of R, and the transitions that led there."""
+
+    blocks: list[Tensor]
+    taps: Tensor | None
+    T_blocks: list[Tensor]
+    T_taps: Tensor | None
+
+
 def step_factors(
-    factors: Sequence[Tensor], x: Tensor, rule: RuleName, decor_lr: float, kappa: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Move the factors `[d_i, d_i]` of one R by one step on rows `x [n, d]`; return the new factors and their T."""
-    z = decorrelate_rows(x, dense(factors))
-    gain = norm_gain(x, z) ** (1 / len(factors)) if rule == "crgd" else 1.0
-    sides = [len(factor) for factor in factors]
-    transitions = []
-    for mode, side in enumerate(sides):
-        of_mode = z.reshape(len(z), *sides).movedim(1 + mode, -1).reshape(-1, side)
-        transitions.append(transition(of_mode, rule, decor_lr, kappa, gain))
-    return [T @ factor for T, factor in zip(transitions, factors, strict=True)], transitions
+    blocks: Sequence[Tensor], taps: Tensor | None, x: Tensor, rule: RuleName, decor_lr: float, kappa: float
+) -> Stepped:
+    """Move one R by one step on rows `x [n, d]`: each factor by the rows of its own mode of z."""
+    z = decorrelate_rows(x, dense(blocks, taps))
+    factors = 1 if taps is None else 2
+    gain = norm_gain(x, z) ** (1 / factors) if rule == "crgd" else 1.0
+    k = 1 if taps is None else len(taps)
+    by_block = z.reshape(len(z), len(blocks), len(blocks[0]), k)
+    T_blocks = [transition(by_block[:, b].mT.flatten(0, 1), rule, decor_lr, kappa, gain) for b in range(len(blocks))]
+    T_taps = None if taps is None else transition(by_block.flatten(0, 2), rule, decor_lr, kappa, gain)
+    moved = [T @ block for T, block in zip(T_blocks, blocks, strict=True)]
+    return Stepped(moved, None if T_taps is None or taps is None else T_taps @ taps, T_blocks, T_taps)
 
 
-def retreat_rows(W: Tensor, transitions: Sequence[Tensor]) -> Tensor:
+def retreat_rows(W: Tensor, T_blocks: Sequence[Tensor], T_taps: Tensor | None = None) -> Tensor:
     """Return `W T^-1` for rows `W [o, d]`: with `R <- T R`, the product W R stands still."""
-    inverse: Tensor = torch.linalg.inv(dense(transitions))
+    inverse: Tensor = torch.linalg.inv(dense(T_blocks, T_taps))
     return W @ inverse

@@ -132,16 +132,21 @@ class Step:
     def retreat(self, stacked: Tensor) -> Tensor:
         """Return the stacked weight `[stacks, d_out, *modes]` such that `W R` is what it was before the step."""
         for mode, transition in enumerate(self.transitions):
-            stacked = refold_mode(transition.retreat(unfold_mode(stacked, mode)), stacked, mode)
+            rows = unfold_mode(stacked, mode, len(transition.eps))
+            stacked = refold_mode(transition.retreat(rows), stacked, mode)
         return stacked
 
-    def correlation(self) -> Tensor:
-        """Return the mean squared correlation before the step, averaged over the factors, `[stacks]`."""
-        return torch.stack([t.moment.correlation() for t in self.transitions]).mean(0)
+    def correlation(self, sites: int) -> Tensor:
+        """Return the mean squared correlation before the step, over stacks and factors, `[sites]`."""
+        return _mean_of_sites([t.moment.correlation() for t in self.transitions], sites)
 
-    def variance_error(self) -> Tensor:
-        """Return the mean squared variance error before the step, averaged over the factors, `[stacks]`."""
-        return torch.stack([t.moment.variance_error() for t in self.transitions]).mean(0)
+    def variance_error(self, sites: int) -> Tensor:
+        """Return the mean squared variance error before the step, over stacks and factors, `[sites]`."""
+        return _mean_of_sites([t.moment.variance_error() for t in self.transitions], sites)
+
+
+def _mean_of_sites(losses: list[Tensor], sites: int) -> Tensor:
+    return torch.stack([of_factor.reshape(sites, -1).mean(1) for of_factor in losses]).mean(0)
 
 
 def step_factors(
@@ -150,7 +155,7 @@ def step_factors(
     """Move R by one step of `rule`.
 
     Args:
-        factors: the factors of R, `[stacks, modes[i], modes[i]]`.
+        factors: the factors of R, `[stacks, modes[i], modes[i]]`, the last of fewer stacks where blocks share it.
         x: rows `[stacks, n, *modes]`, demeaned where the rule asks for it; unused rows are zero.
         count: `[stacks]`, the number of rows in use.
         rule: name of the rule.
@@ -158,13 +163,16 @@ def step_factors(
         kappa: weight of the variance error.
     """
     z = mix(x, [factor.mT for factor in factors])
-    gain = _norm_gain(x, z, len(factors)) if RULES[rule].keeps_norm else x.new_ones(len(x), 1, 1)
+    matrices = len(factors[-1])  # R is one matrix for all blocks that share a factor
+    gain = _norm_gain(x, z, matrices, len(factors)) if RULES[rule].keeps_norm else x.new_ones(matrices)
     transitions = []
-    for mode, width in enumerate(z.shape[2:]):
-        other_modes = z[0, 0].numel() // width
-        moment = Moment.of(unfold_mode(z, mode), (count * other_modes)[:, None, None])
+    for mode, factor in enumerate(factors):
+        rows = unfold_mode(z, mode, len(factor))
+        used = rows.shape[1] // z.shape[1] * count.reshape(len(factor), -1)[:, :1, None]
+        moment = Moment.of(rows, used)
         scale, shift = RULES[rule].terms(moment.variance, kappa)
-        transitions.append(Transition(moment, scale, shift, _bounded(decor_lr, moment, scale, shift), gain))
+        own_gain = gain.repeat_interleave(len(factor) // matrices)[:, None, None]
+        transitions.append(Transition(moment, scale, shift, _bounded(decor_lr, moment, scale, shift), own_gain))
     return Step([t.advance(f) for t, f in zip(transitions, factors, strict=True)], transitions)
 
 
@@ -175,13 +183,20 @@ def _bounded(decor_lr: float, moment: Moment, scale: float, shift: Tensor) -> Te
     return eps.clamp(max=decor_lr)[:, None, None]
 
 
-def _norm_gain(x: Tensor, z: Tensor, factors: int) -> Tensor:
-    """Return the gain of CRGD, mean(|x| / |z|) over the rows with a z, shared out evenly over the factors of R."""
-    x_norm, z_norm = (t.flatten(2).norm(dim=2) for t in (x, z))
+def _norm_gain(x: Tensor, z: Tensor, matrices: int, factors: int) -> Tensor:
+    """Return the gain of CRGD of each matrix R, mean(|x| / |z|) over the rows with a z; shared out over its factors."""
+
+    def norms(rows: Tensor) -> Tensor:
+        """Return the norms of the rows of each matrix, `[matrices, n]`."""
+        by_row = rows.reshape(matrices, -1, *rows.shape[1:]).transpose(1, 2).flatten(2)
+        norm: Tensor = torch.linalg.vector_norm(by_row, dim=2)
+        return norm
+
+    x_norm, z_norm = norms(x), norms(z)
     alive = z_norm > 0
     ratio = torch.where(alive, x_norm / z_norm, 0).sum(1) / alive.sum(1)
     ratio = torch.where(alive.any(1), ratio, 1)
-    return (ratio ** (1 / factors))[:, None, None]
+    return ratio ** (1 / factors)
 
 
 def _dbp(variance: Tensor, kappa: float) -> tuple[float, Tensor]:

@@ -98,7 +98,7 @@ def _commit(sites: Sequence[Site], updates: list[Update], step: Step, recorded: 
     # a sum is finite if what it adds up is: numbers near the largest one of a type are as good as infinite
     finite = torch.stack([torch.stack([new.sum() for new in update.new]).isfinite() for update in updates]).all(0)
     accepted = recorded & finite
-    losses = torch.stack([step.correlation(), step.variance_error()], 1).reshape(len(sites), -1, 2).mean(1)
+    losses = torch.stack([step.correlation(len(sites)), step.variance_error(len(sites))], 1)
     for i, site in enumerate(sites):
         for update in updates:
             update.old[i].copy_(update.new[i].where(accepted[i], update.old[i]))

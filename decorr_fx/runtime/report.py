@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from tabulate import tabulate
@@ -69,7 +70,7 @@ def describe(spec: SiteSpec, element_size: int) -> Iterator[SiteRecord]:
             d=layout.d,
             groups=layout.groups,
             structure=layout.structure,
-            bytes=element_size * layout.stacks * sum(side * side for side in layout.modes) if leads else 0,
+            bytes=element_size * sum(map(prod, layout.factor_shapes)) if leads else 0,
             row_bytes=element_size * spec.config.max_samples * layout.groups * layout.d if leads else 0,
             folded_bytes=element_size * layout.groups * layout.d_out * layout.d,
             flops=flops,

@@ -46,8 +46,8 @@ class Site(nn.Module):
         like = self.weights[0].get()
         device, dtype = like.device, _at_least_float32(like.dtype)
         layout, slots = spec.layout, spec.config.max_samples
-        for name, side in zip(spec.factor_names, layout.modes, strict=True):
-            self.register_buffer(name, torch.eye(side, device=device, dtype=dtype).repeat(layout.stacks, 1, 1))
+        for name, (stacks, side, _) in zip(spec.factor_names, layout.factor_shapes, strict=True):
+            self.register_buffer(name, torch.eye(side, device=device, dtype=dtype).repeat(stacks, 1, 1))
         if spec.demeaned:
             self.register_buffer("mean", torch.zeros(layout.stacks, *layout.modes, device=device, dtype=dtype))
         for name in ("steps", "refused"):
@@ -60,7 +60,7 @@ class Site(nn.Module):
 
     @property
     def factors(self) -> list[Tensor]:
-        """The factors of R, `[stacks, modes[i], modes[i]]`."""
+        """The factors of R, see `ops.structure`."""
         return [self.get_buffer(name) for name in self.spec.factor_names]
 
     def record(self, x: Tensor, output_padding: Sequence[int] = ()) -> None:
@@ -131,7 +131,7 @@ class Site(nn.Module):
         if self.stands_in(W, index) or not self._on_input(x, W, layout):
             return x, self.decorrelate(W, index)
         with full_precision(W.device):
-            taps = fold_taps(W.to(self.factors[0].dtype), self.factors, layout).to(W.dtype)
+            taps = fold_taps(W.to(self.factors[0].dtype), self.factors).to(W.dtype)
         return mix_channels(x, self.factors[0], self.spec.spatial), taps
 
     def _on_input(self, x: Tensor, W: Tensor, layout: Layout) -> bool:

@@ -118,8 +118,8 @@ def test_a_shared_step_is_that_of_the_reference_for_every_weight(center: bool) -
     before = {name: getattr(model, name).weight.detach().clone() for name in ("gate", "up")}
     train(model, x, lr=0.0)
     rows = x - 0.1 * x.mean(0) if center else x
-    factors, transitions = reference.step_factors(
-        [torch.eye(6, dtype=torch.float64)], rows, config.rule, config.decor_lr, config.kappa
+    factors, _, transitions, _ = reference.step_factors(
+        [torch.eye(6, dtype=torch.float64)], None, rows, config.rule, config.decor_lr, config.kappa
     )
     site = next(sites_of(model))
     assert len(site.weights) == 2

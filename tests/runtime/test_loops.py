@@ -40,7 +40,7 @@ class HandLayer:
             return
         rows = torch.cat(self.rows)
         self.rows = []
-        (self.R,), transitions = reference.step_factors([self.R], rows, "dbp", DECOR_LR, KAPPA)
+        (self.R,), _, transitions, _ = reference.step_factors([self.R], None, rows, "dbp", DECOR_LR, KAPPA)
         with torch.no_grad():
             self.W.copy_(reference.retreat_rows(self.W, transitions))
 
