@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from decorr_fx.ops.product import full_precision
 from decorr_fx.ops.structure import Layout, fold_weight
 
 
@@ -17,7 +18,8 @@ def keep_folded(kept: Tensor, W: Tensor, factors: Sequence[Tensor], layout: Layo
     # a CUDA graph replays what it captured, whatever has changed: it has to fold every time
     captured = W.is_cuda and torch.cuda.is_current_stream_capturing()
     if captured or stamp is None or stamp != getattr(kept, "stamp", None):
-        kept.copy_(fold_weight(W.to(factors[0].dtype), factors, layout))
+        with full_precision(W.device):
+            kept.copy_(fold_weight(W.to(factors[0].dtype), factors, layout))
         setattr(kept, "stamp", None if captured else stamp)  # noqa: B010 - a tensor has no such attribute, says mypy
 
 

@@ -15,11 +15,14 @@ own z, instead of 4 n d^2 + 2 d^3.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from decorr_fx.config import RuleName
+from decorr_fx.ops.product import times
 from decorr_fx.ops.structure import mix, refold_mode, unfold_mode
 
 # eps * lambda_max(G) is kept below this: T is then positive definite with a condition number of at most 3. lambda_max
@@ -92,24 +95,31 @@ class Transition:
         change = self.scale * self.moment.correlations_times(factor) + self.shift[..., None] * factor
         return self.gain * (factor - self.eps * change)
 
-    def retreat(self, W: Tensor) -> Tensor:
-        """Return `W @ T^-1` for rows `W [stacks, o, d]`."""
-        if self.moment.C is None:
-            return self._retreat_by_rows(W)
-        eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-        T = eye - self.eps * (self.scale * self.moment.C + torch.diag_embed(self.shift))
-        return W @ (_inverse(T) / self.gain)  # T is well conditioned, see STEP_BOUND
+    def retreat(self, W: Tensor, stacks: slice) -> Tensor:
+        """Return `W @ T^-1` for rows `W [..., o, d]` of the given stacks."""
+        if self.moment.C is not None:
+            return times(W, self._inverted[stacks])
+        shrink, scaled, inner = (part[stacks] for part in self._inverted_by_rows)
+        return W * shrink + (W @ scaled.mT) @ inner
 
-    def _retreat_by_rows(self, W: Tensor) -> Tensor:
-        """Return `W @ T^-1` through an n x n system (Woodbury), for fewer rows than features."""
+    @cached_property
+    def _inverted(self) -> Tensor:
+        """`T^-1 [stacks, d, d]`, where C is known; T is well conditioned, see STEP_BOUND."""
+        eye = torch.eye(self.shift.shape[1], dtype=self.shift.dtype, device=self.shift.device)
+        C = cast(Tensor, self.moment.C)
+        T = eye - self.eps * (self.scale * C + torch.diag_embed(self.shift))
+        return _inverse(T) / self.gain
+
+    @cached_property
+    def _inverted_by_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`T^-1 = diag(shrink) + scaled^T inner`, through an n x n system (Woodbury), for fewer rows than features."""
         z, weight = self.moment.z, self.eps * self.scale / self.moment.count
         diagonal = self.shift - self.scale * self.moment.variance
         shrink = 1 / (1 - self.eps.squeeze(-1) * diagonal)[:, None]
         scaled = z * shrink
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        inner = _inverse(eye - weight * (z @ scaled.mT)) @ scaled
-        start = W * shrink
-        return (start + (W @ scaled.mT) @ (weight * inner)) / self.gain
+        inner = weight * (_inverse(eye - weight * (z @ scaled.mT)) @ scaled)
+        return shrink / self.gain, scaled, inner / self.gain
 
 
 def _inverse(A: Tensor) -> Tensor:
@@ -129,11 +139,16 @@ class Step:
     factors: list[Tensor]
     transitions: list[Transition]
 
-    def retreat(self, stacked: Tensor) -> Tensor:
-        """Return the stacked weight `[stacks, d_out, *modes]` such that `W R` is what it was before the step."""
+    def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
+        """Return the stacked weight `[stacks, d_out, *modes]` such that `W R` is what it was before the step.
+
+        It is that of number `site` of `sites` that took the step together.
+        """
         for mode, transition in enumerate(self.transitions):
-            rows = unfold_mode(stacked, mode, len(transition.eps))
-            stacked = refold_mode(transition.retreat(rows), stacked, mode)
+            stacks = len(transition.eps) // sites
+            rows = unfold_mode(stacked, mode, stacks)
+            moved = transition.retreat(rows, slice(site * stacks, (site + 1) * stacks))
+            stacked = refold_mode(moved, stacked, mode)
         return stacked
 
     def correlation(self, sites: int) -> Tensor:

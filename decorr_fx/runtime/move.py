@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decorr_fx.ops.product import full_precision
 from decorr_fx.ops.rules import Step, step_factors
 from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
-from decorr_fx.runtime.state import Site, full_precision
+from decorr_fx.runtime.state import Site
 
 MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
 
@@ -51,7 +52,7 @@ def move(sites: Sequence[Site], decor_lr: float) -> None:
         means = None
         if spec.demeaned:
             means, x = _demean(sites, x, count, used.repeat_interleave(layout.stacks, 0))
-        factors = [torch.cat(of_sites) for of_sites in zip(*(site.factors for site in sites), strict=True)]
+        factors = [_join(of_sites) for of_sites in zip(*(site.factors for site in sites), strict=True)]
         step = step_factors(factors, x, count, config.rule, decor_lr, config.kappa)
         updates = [Update([site.factors[i] for site in sites], _split(f, sites)) for i, f in enumerate(step.factors)]
         if means is not None:
@@ -61,13 +62,17 @@ def move(sites: Sequence[Site], decor_lr: float) -> None:
         _commit(sites, updates, step, seen > 0)
 
 
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
 def _split(stacked: Tensor, sites: Sequence[Site]) -> list[Tensor]:
     return list(stacked.chunk(len(sites)))
 
 
 def _demean(sites: Sequence[Site], x: Tensor, count: Tensor, used: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the new running mean of each site, and the rows `[stacks, n, *modes]` without it."""
-    old = torch.cat([site.mean for site in sites])
+    old = _join([site.mean for site in sites])
     ones = [1] * (old.dim() - 1)
     mean = old + MEAN_MOMENTUM * (x.sum(1) / count.reshape(-1, *ones) - old)
     return _split(mean, sites), (x - mean[:, None]).where(used.reshape(*used.shape, *ones), 0)
@@ -75,16 +80,22 @@ def _demean(sites: Sequence[Site], x: Tensor, count: Tensor, used: Tensor) -> tu
 
 def _followers(sites: Sequence[Site], step: Step, means: list[Tensor] | None) -> Iterator[Update]:
     """Yield the weights, and the biases where centred, such that the function of each layer stands still."""
-    dtype = sites[0].rows.dtype
     for index, weight in enumerate(sites[0].spec.weights):
-        old = [site.weights[index].get() for site in sites]
-        stacked = torch.cat([stack_weight(W.to(dtype), weight.layout) for W in old])
-        moved = zip(_split(step.retreat(stacked), sites), old, strict=True)
-        yield Update(old, [unstack_weight(part, W.shape, weight.layout).to(W.dtype) for part, W in moved])
+        yield Update([site.weights[index].get() for site in sites], _moved_weights(sites, step, index))
         if weight.centered and means is not None:
             biases = [bias.get() for site in sites if (bias := site.weights[index].bias) is not None]
             shifts = [_shift(site, index, mean) for site, mean in zip(sites, means, strict=True)]
-            yield Update(biases, [(b.to(dtype) + s).to(b.dtype) for b, s in zip(biases, shifts, strict=True)])
+            yield Update(biases, [(b.to(s.dtype) + s).to(b.dtype) for b, s in zip(biases, shifts, strict=True)])
+
+
+def _moved_weights(sites: Sequence[Site], step: Step, index: int) -> list[Tensor]:
+    """Return weight number `index` of each site as it follows; one by one, since joining them would copy them all."""
+    moved = []
+    for i, site in enumerate(sites):
+        W, layout = site.weights[index].get(), site.spec.weights[index].layout
+        stacked = step.retreat(stack_weight(W.to(site.rows.dtype), layout), i, len(sites))
+        moved.append(unstack_weight(stacked, W.shape, layout).to(W.dtype))
+    return moved
 
 
 def _shift(site: Site, index: int, mean: Tensor) -> Tensor:
@@ -101,7 +112,7 @@ def _commit(sites: Sequence[Site], updates: list[Update], step: Step, recorded: 
     losses = torch.stack([step.correlation(len(sites)), step.variance_error(len(sites))], 1)
     for i, site in enumerate(sites):
         for update in updates:
-            update.old[i].copy_(update.new[i].where(accepted[i], update.old[i]))
-        site.losses.copy_(losses[i].where(accepted[i], site.losses))
+            torch.where(accepted[i], update.new[i], update.old[i], out=update.old[i])
+        torch.where(accepted[i], losses[i], site.losses, out=site.losses)
         site.steps += accepted[i]
         site.refused += recorded[i] & ~finite[i]

@@ -1,16 +1,15 @@
 """A site: one R with the weights that it is applied to, its factors, and the rows recorded for its next step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.amp import is_autocast_available
 
 from decorr_fx.ops.calls import one_each
-from decorr_fx.ops.keep import keep_folded
+from decorr_fx.ops.keep import keep_folded, keep_folded_op
+from decorr_fx.ops.product import full_precision
 from decorr_fx.ops.record import GOLDEN, ConvGeometry, conv_rows, linear_rows, recomputing, store_rows
 from decorr_fx.ops.structure import Layout, fold_taps, fold_weight, mix_channels, output_of_mean
 from decorr_fx.runtime.spec import SiteSpec
@@ -61,7 +60,7 @@ class Site(nn.Module):
     @property
     def factors(self) -> list[Tensor]:
         """The factors of R, see `ops.structure`."""
-        return [self.get_buffer(name) for name in self.spec.factor_names]
+        return [factor for name in self.spec.factor_names if (factor := self._buffers[name]) is not None]
 
     def record(self, x: Tensor, output_padding: Sequence[int] = ()) -> None:
         """Record a few rows of the layer's input `x`, as a graph sees it; see `ops.record`."""
@@ -107,11 +106,10 @@ class Site(nn.Module):
         if (kept.shape, kept.dtype, kept.device) != (W.shape, W.dtype, W.device):
             return None
         layout = self.weights[index].spec.layout
-        with full_precision(W.device):
-            if torch.compiler.is_compiling():
-                torch.ops.decorr_fx.keep_folded(kept, W.detach(), self.factors, layout.numbers)
-            else:
-                keep_folded(kept, W.detach(), self.factors, layout)
+        if torch.compiler.is_compiling():
+            keep_folded_op(kept, W.detach(), self.factors, layout.numbers)
+        else:
+            keep_folded(kept, W.detach(), self.factors, layout)
         return kept
 
     def train(self, mode: bool = True) -> "Site":
@@ -251,8 +249,3 @@ def _has(state_dict: Mapping[str, Any], prefix: str) -> bool:
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context without autocast."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
