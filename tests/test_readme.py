@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_report import markdown_table
 from torch import nn
 from zoo_report import coverage_table
 
@@ -59,6 +60,10 @@ def test_the_table_of_settings_is_that_of_the_config() -> None:
 
 def test_the_coverage_table_is_made_of_the_committed_results() -> None:
     assert coverage_table(ROOT / "tools" / "results") in README
+
+
+def test_the_table_of_costs_is_made_of_the_committed_results() -> None:
+    assert markdown_table(ROOT / "tools" / "results" / "bench-cpu.json") in README
 
 
 def test_the_set_up_lines_are_those_that_ci_runs() -> None:

@@ -4,6 +4,7 @@
     python tools/bench.py --methods auto full textbook muon soap       others
     python tools/bench.py --suite cpu                                  the cases that bars are set for (or gpu)
     python tools/bench.py --sweep batch d samples                      growth, in one picture
+    python tools/bench.py --suite cpu --table                          a Markdown table of what was measured
 
 Writes bench-<suite>.json and a picture of the ratios into --out.
 """
@@ -22,7 +23,7 @@ from bench_figures import AXES, draw_growth, draw_ratios
 from bench_measure import Contender, race, race_evaluations
 from bench_memory import peak_bytes
 from bench_methods import METHODS, CannotMeasureError
-from bench_report import Result, case_table, result_of, write_json
+from bench_report import Result, case_table, markdown_table, result_of, write_json
 from rich.console import Console
 
 from decorr_fx import DecorrError
@@ -40,6 +41,7 @@ class Settings:
     sweeps: tuple[str, ...]
     seconds: float
     memory: bool
+    table: bool
     out: Path
 
 
@@ -48,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse_settings(argv)
         settings.out.mkdir(parents=True, exist_ok=True)
-        run(settings)
+        if settings.table:
+            print(markdown_table(settings.out / f"bench-{settings.name}.json"))
+        else:
+            run(settings)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
     except (CannotMeasureError, DecorrError, OSError) as error:
@@ -117,6 +122,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--suite", choices=sorted(SUITES), help="measure these cases, beside the bars set for them")
     several.add_argument("--sweep", nargs="+", choices=sorted(AXES), default=(), help="measure growth over these")
+    parser.add_argument("--table", action="store_true", help="measure nothing: print the JSON file as Markdown")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the picture")
     given = parser.parse_args(argv)
     case = Case(
@@ -125,7 +131,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     )  # fmt: skip
     name = given.suite or ("growth" if given.sweep else given.model)
     cases = SUITES[given.suite] if given.suite else (case,)
-    return Settings(name, cases, tuple(given.sweep), given.seconds, given.memory, given.out)
+    return Settings(name, cases, tuple(given.sweep), given.seconds, given.memory, given.table, given.out)
 
 
 if __name__ == "__main__":

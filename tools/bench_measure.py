@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 PHASES = ("forward", "backward", "optimizer", "R step")
 TURN = 4  # steps
-WARM_UP = 2  # turns that are not counted
+WARM_UP = 1  # turns that are not counted
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Contender:
         return out
 
 
-def race(contenders: Sequence[Contender], seconds: float, fewest: int = 6) -> None:
+def race(contenders: Sequence[Contender], seconds: float, fewest: int = 3) -> None:
     """Let the contenders take turns for about so many seconds, and at least so many turns each."""
     for contender in contenders:
         for _ in range(WARM_UP):

@@ -98,4 +98,5 @@ def _peer(name: str) -> Callable[..., Optimizer]:
         import heavyball
     except ImportError:
         raise CannotMeasureError("heavyball is not installed: pip install 'decorr_fx[bench]'") from None
+    heavyball.utils.compile_mode = "default"  # its own tries out kernels for minutes, and prints what it finds
     return cast(Callable[..., Optimizer], getattr(heavyball, name))

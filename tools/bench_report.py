@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from bench_cases import Bars, Case
 from bench_measure import PHASES, Contender, Spread
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from tabulate import tabulate
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,31 @@ def case_table(case: Case, results: Sequence[Result]) -> Table:
             _bar(bars.memory),
         )  # fmt: skip
     return table
+
+
+def markdown_table(path: Path) -> str:
+    """Return a Markdown table of a JSON file: of each case the plain model and the first method, and the bars."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for measured in whole["cases"]:
+        case, (plain, first, *_) = measured["case"], measured["results"]
+        bars = case["bars"]
+        rows.append([
+            Case(**{**case, "methods": (), "bars": Bars()}).title,
+            _told(plain["step"], "{median:.0f}"), _told(first["step"], "{median:.0f}"),
+            _told(first["ratio"], "{median:.2f} ({low:.2f} - {high:.2f})"), _bar(bars["step"]),
+            _told(first["evaluation_ratio"], "{median:.2f} ({low:.2f} - {high:.2f})"),
+            f"{first['memory'] / plain['memory']:.3f}" if first["memory"] else "-", _bar(bars["memory"]),
+        ])  # fmt: skip
+    headers = [
+        "training step", "plain (ms)", "decorrelated (ms)", "ratio (quartiles)", "bar", "eval ratio (quartiles)",
+        "peak memory", "bar",
+    ]  # fmt: skip
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _told(spread: Mapping[str, float] | None, form: str) -> str:
+    return "-" if spread is None else form.format(**spread)
 
 
 def _ratio(spread: Spread | None) -> str:

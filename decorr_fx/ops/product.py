@@ -8,13 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import is_autocast_available
 
-NARROW, LONG = 32, 1024  # columns and rows of a product that takes a CPU longer than a convolution
+NARROW, LONG = 32, 1024  # columns and rows of a product for which there is something faster
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:
     """Return `rows [stacks, n, m] @ matrix [stacks, m, m]`."""
     stacks, n, m = rows.shape
-    if rows.device.type != "cpu" or m > NARROW or n < LONG:
+    if m > NARROW or n < LONG:
+        return rows @ matrix
+    if torch.compiler.is_compiling():  # which fuses this, and does not fuse a matrix product
+        return (rows[..., None] * matrix[:, None]).sum(-2)
+    if rows.device.type != "cpu":
         return rows @ matrix
     products = [_NarrowProduct.apply(rows[i], matrix[i]) for i in range(stacks)]
     return products[0][None] if stacks == 1 else torch.stack(products)

@@ -60,7 +60,8 @@ class Site(nn.Module):
     @property
     def factors(self) -> list[Tensor]:
         """The factors of R, see `ops.structure`."""
-        return [factor for name in self.spec.factor_names if (factor := self._buffers[name]) is not None]
+        buffers: dict[str, Any] = self._buffers  # get_buffer would look up each name in four ways
+        return [buffers[name] for name in self.spec.factor_names]
 
     def record(self, x: Tensor, output_padding: Sequence[int] = ()) -> None:
         """Record a few rows of the layer's input `x`, as a graph sees it; see `ops.record`."""

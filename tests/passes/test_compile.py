@@ -63,6 +63,21 @@ def test_a_compiled_model_trains_as_the_eager_one_in_one_graph(config: DecorrCon
             torch.testing.assert_close(factor, expected_factor, rtol=1e-3, atol=1e-4)
 
 
+def test_a_factor_over_taps_of_a_large_weight_is_no_break() -> None:
+    plain = nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = decorr_fx.transform(plain, DecorrConfig(structure="kronecker"))
+    x = torch.randn(3, 32, 7, 7)
+    model(x).square().sum().backward()
+    decorr_fx.step(model)
+    gradients = []
+    for running in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        running(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_compiled_model_folds_and_tells_its_stats() -> None:
     model = torch.compile(decorr_fx.transform(without_dropout()), fullgraph=True)
     losses(model, list(model.parameters()), [16] * 3)
