@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import is_autocast_available
 
-NARROW, LONG = 32, 1024  # columns and rows of a product for which there is something faster
+NARROW, LONG = 16, 8192  # columns and rows of a product for which there is something faster
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class Moment:
     """Second moment M of `z [stacks, n, d]`, whose unused rows are zero, over `count [stacks, 1, 1]` rows.
 
     `C [stacks, d, d]` is M without its diagonal, or None where there are fewer rows than features;
-    `variance [stacks, d]` is the diagonal, `norm [stacks]` the Frobenius norm of M, and `largest
-    [stacks]` an upper bound of its largest eigenvalue.
+    `variance [stacks, d]` is the diagonal, `norm [stacks]` the Frobenius norm of M, and `largest [stacks]` is an upper
+    bound of its largest eigenvalue.
     """
 
     z: Tensor

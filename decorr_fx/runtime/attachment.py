@@ -57,7 +57,7 @@ def check_checkpoint(module: nn.Module, state_dict: Mapping[str, Any], prefix: s
 
 
 def _check_entry(fqn: str, key: str, own: object, saved: object) -> None:
-    advice = "transform the model with the config that the checkpoint was trained with"
+    advice = "transform the model with the config and the example_inputs that the checkpoint was trained with"
     if not isinstance(saved, Tensor) or not isinstance(own, Tensor):
         problem = "is not in the checkpoint" if isinstance(own, Tensor) else "of the checkpoint is not in the model"
         raise CheckpointError(f"layer {fqn!r}: {key!r} {problem}; {advice}")

@@ -64,9 +64,11 @@ def test_a_compiled_model_trains_as_the_eager_one_in_one_graph(config: DecorrCon
 
 
 def test_a_factor_over_taps_of_a_large_weight_is_no_break() -> None:
-    plain = nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plain = nn.Sequential(
+        nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     model = decorr_fx.transform(plain, DecorrConfig(structure="kronecker"))
-    x = torch.randn(3, 32, 7, 7)
+    x = torch.randn(3, 64, 7, 7)
     model(x).square().sum().backward()
     decorr_fx.step(model)
     gradients = []

@@ -140,6 +140,21 @@ def test_compiled_evaluation_keeps_in_one_graph(mode: Callable[[], object]) -> N
     assert counter.frame_count == 1
 
 
+def test_a_compiled_model_is_compiled_once_a_mode_however_often_they_change() -> None:
+    torch._dynamo.reset()
+    model = trained()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        compiled.train()(X).square().mean().backward()
+        optimizer.step()
+        compiled.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(X), anew(model))
+    assert counter.frame_count == 2
+
+
 def test_modes_may_alternate() -> None:
     model = trained()
     with torch.inference_mode():
