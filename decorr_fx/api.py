@@ -139,9 +139,9 @@ def stats(model: nn.Module) -> Stats:
 
 
 def step(model: nn.Module) -> None:
-    """Let every R of the model take its step now, for a loop whose optimizer is not a `torch.optim.Optimizer`.
+    """Tell the model that its weights have changed, for a loop whose optimizer is not a `torch.optim.Optimizer`.
 
-    Sites that recorded nothing since their last step do not move.
+    Every R moves at one of `update_every` calls, the first one among them; a site that recorded nothing does not move.
 
     Raises:
         NotTransformedError: the model is plain.
