@@ -35,8 +35,8 @@ def transform(
     """Return a copy of the model that decorrelates the input of its conv and linear layers while it trains.
 
     The model itself is not changed; parameters and buffers are shared with it, so that an optimizer made before goes on
-    working. Outputs are those of the model until R moves, which happens right after each step of the optimizer that
-    owns a layer's weight (any `torch.optim.Optimizer`): the training loop stays as it is. From then on the shared
+    working. Outputs are those of the model until R moves, which happens right after a step of the optimizer that owns
+    a layer's weight (any `torch.optim.Optimizer`): the training loop stays as it is. From then on the shared
     weights make sense to the copy only; `fold` it to get a plain model back. Source: arXiv 2405.02385.
 
     Args:

@@ -47,9 +47,7 @@ def result_of(contender: Contender, plain: Contender, memory: int | None) -> Res
     phases = {name: contender.phase_spread(i).median for i, name in enumerate(PHASES)}
     ratio = step.times(1 / plain.step_spread().median)
     evaluation_ratio = forward.times(1 / Spread.of(plain.evaluations).median)
-    return Result(
-        contender.method, contender.measured, step, phases, ratio, forward, evaluation_ratio, memory
-    )  # fmt: skip
+    return Result(contender.method, contender.measured, step, phases, ratio, forward, evaluation_ratio, memory)
 
 
 def case_table(case: Case, results: Sequence[Result]) -> Table:

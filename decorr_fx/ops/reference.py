@@ -12,8 +12,8 @@ from torch import Tensor
 
 from decorr_fx.config import RuleName
 from decorr_fx.ops.rules import STEP_BOUND
+from decorr_fx.ops.structure import CONVOLUTIONS
 
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
