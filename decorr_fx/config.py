@@ -30,7 +30,9 @@ class DecorrConfig:
         kappa: weight of the variance error against the correlation, in [0, 1]. 0 decorrelates only, 1 normalises only.
             `crgd` has no such trade-off and ignores it.
         sample_fraction: part of the rows of each forward that is recorded, in (0, 1].
-        max_samples: most rows a layer keeps between two steps of R; later rows then replace earlier ones.
+        max_samples: rows that each factor of R steps on. A layer keeps as many samples of its input between two steps
+            of R, or fewer where a patch of a convolution gives a Kronecker pair several rows; later ones then replace
+            earlier ones.
         update_every: R moves at one of n steps of the optimizer, on the rows of the forwards right before it.
         center: subtract the running mean of the rows in the forward, too. It is folded into the bias, so a layer
             without one is run uncentred; `report` says so.

@@ -46,7 +46,7 @@ def apply_flops(layouts: Sequence[Layout], work: Work) -> int:
 def move_flops(layouts: Sequence[Layout], work: Work, max_samples: int) -> int:
     """Count the FLOP of one step of R, and of the weights that follow it."""
     layout = layouts[0]
-    samples, size = min(max_samples, work.rows), layout.groups * layout.d
+    samples, size = min(layout.slots(max_samples), work.rows), layout.groups * layout.d
     total = 0
     for stacks, m, _ in layout.factor_shapes:
         n = samples * size // (stacks * m)

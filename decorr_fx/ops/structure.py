@@ -19,6 +19,7 @@ so that a grouped convolution, a block-diagonal R and a Kronecker pair are all t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,14 @@ class Layout:
     def numbers(self) -> list[int]:
         """The fields in order, for an operator, which takes numbers only."""
         return [int(getattr(self, field.name)) for field in fields(self)]
+
+    def slots(self, max_samples: int) -> int:
+        """Return how many samples of the input give every factor of R `max_samples` rows, or just more.
+
+        A patch is one row for a dense matrix; for a pair it is a row a tap, and a row a channel.
+        """
+        rows = min(self.taps, self.channels) if self.paired else 1
+        return ceil(max_samples / rows)
 
     @property
     def on_channels(self) -> bool:

@@ -71,7 +71,7 @@ def describe(spec: SiteSpec, element_size: int) -> Iterator[SiteRecord]:
             groups=layout.groups,
             structure=layout.structure,
             bytes=element_size * sum(map(prod, layout.factor_shapes)) if leads else 0,
-            row_bytes=element_size * spec.config.max_samples * layout.groups * layout.d if leads else 0,
+            row_bytes=element_size * spec.slots * layout.groups * layout.d if leads else 0,
             folded_bytes=element_size * layout.groups * layout.d_out * layout.d,
             flops=flops,
             cost=flops / own_flops([layout], spec.work),

@@ -54,6 +54,11 @@ class SiteSpec:
         return self.weights[0].layout
 
     @property
+    def slots(self) -> int:
+        """Samples of the input that are kept for a step of R."""
+        return self.layout.slots(self.config.max_samples)
+
+    @property
     def spatial(self) -> int:
         """Number of spatial dimensions of the input; 0 for a linear."""
         return 0 if self.geometry is None else len(self.geometry.kernel)

@@ -44,7 +44,7 @@ class Site(nn.Module):
         self.attempts = 0  # of the optimizer, on the host: which of them move R, and decor_lr, depend on it
         like = self.weights[0].get()
         device, dtype = like.device, _at_least_float32(like.dtype)
-        layout, slots = spec.layout, spec.config.max_samples
+        layout, slots = spec.layout, spec.slots
         for name, (stacks, side, _) in zip(spec.factor_names, layout.factor_shapes, strict=True):
             self.register_buffer(name, torch.eye(side, device=device, dtype=dtype).repeat(stacks, 1, 1))
         if spec.demeaned:

@@ -105,6 +105,6 @@ def test_moving_R_takes_the_flops_that_are_counted(structure: str, rows: int) ->
     counted = move_flops([site.spec.layout], Work(380, 10 * 32 * 40), rows)
     inverses = 0
     for stacks, m, _ in site.spec.layout.factor_shapes:
-        n = rows * site.spec.layout.d // (stacks * m)
+        n = site.spec.slots * site.spec.layout.d // (stacks * m)
         inverses += stacks * (m**3 if n >= m else n**3)
     assert counter.get_total_flops() == counted - inverses

@@ -16,6 +16,7 @@ from decorr_fx.ops.structure import (
     mix_channels,
     stack_rows,
     stack_weight,
+    unfold_mode,
     unstack_weight,
 )
 
@@ -110,3 +111,14 @@ def test_R_on_the_channels_of_the_input_is_R_on_the_weight(case: LayerCase, stru
     on_weight = outputs(x, fold_weight(W, factors, layout))
     on_input = outputs(mix_channels(x, factors[0], spatial), fold_taps(W, factors))
     torch.testing.assert_close(on_input, on_weight)
+
+
+@given(layer_cases(), structures, st.integers(1, 40))
+def test_every_factor_has_its_rows_and_hardly_more_samples_are_kept_than_that(
+    case: LayerCase, structure: str, max_samples: int
+) -> None:
+    layout = laid_out(plain_layout(case), structure, 256)
+    slots = layout.slots(max_samples)
+    rows = stack_rows(torch.zeros(1, slots, layout.groups * layout.d), layout)
+    fewest = min(unfold_mode(rows, mode, f).shape[1] for mode, (f, _, _) in enumerate(layout.factor_shapes))
+    assert max_samples <= fewest < max_samples + fewest // slots
