@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from decorr_fx.errors import ConfigError
 
-RuleName = Literal["dbp", "dbp-normalized", "crgd"]
+RuleName = Literal["dbp", "dbp-normalized", "crgd", "power"]
 StructureName = Literal["auto", "full", "kronecker", "block"]
 
 
@@ -18,7 +18,7 @@ class DecorrConfig:
     Attributes:
         rule: what a step of R does. `dbp`: decorrelated backpropagation (arXiv 2405.02385); `dbp-normalized`: its
             variant with C divided by d - 1 and V doubled; `crgd`: demeaned rows and a norm-keeping gain (arXiv
-            2407.10780).
+            2407.10780); `power`: a closed form from running moments of x, see `power`.
         structure: shape of R over the d features of a row. `full`: d x d. `kronecker`: channels (x) kernel taps.
             `block`: blocks of at most `max_dim` features. `auto`: the richest that `cost_budget` allows, of full up to
             `max_dim` features, the Kronecker pair for a convolution, and blocks of at most `max_dim` channels.
@@ -26,10 +26,14 @@ class DecorrConfig:
             to the layers by their own FLOP, half evenly. Counted for a batch of 128 examples: how many rows an example
             gives a layer, `transform` learns from its `example_inputs`; without them, 4096 rows a step are assumed.
         decor_lr: step size of R (eps), or a function from the number of the optimizer's steps so far to it. A step is
-            shortened where it would be unstable, so that a large value is safe.
+            shortened where it would be unstable, so that a large value is safe. For the rule `power` it is the rate at
+            which running moments follow new ones.
         kappa: weight of the variance error against the correlation, in [0, 1]. 0 decorrelates only, 1 normalises only.
-            `crgd` has no such trade-off and ignores it.
+            `crgd` and `power` have no such trade-off and ignore it.
         sample_fraction: part of the rows of each forward that is recorded, in (0, 1].
+        power: exponent p of the rule `power`, R = (Sigma + damping)^-p with a gain that keeps the norm of rows, in
+            [0, 0.5]. 0.5 is whitening; the steps of W are preconditioned by R^T R, which goes with 2 p.
+        damping: part of Sigma's mean eigenvalue that the rule `power` adds to all of them.
         max_samples: rows that each factor of R steps on. A layer keeps as many samples of its input between two steps
             of R, or fewer where a patch of a convolution gives a Kronecker pair several rows; later ones then replace
             earlier ones.
@@ -44,11 +48,13 @@ class DecorrConfig:
         ConfigError: a value is out of its range.
     """
 
-    rule: RuleName = "dbp"
+    rule: RuleName = "power"
     structure: StructureName = "auto"
     cost_budget: float = 0.05
     decor_lr: float | Callable[[int], float] = 0.08
     kappa: float = 0.5
+    power: float = 0.25
+    damping: float = 0.01
     sample_fraction: float = 1.0
     max_samples: int = 256
     update_every: int = 8
@@ -64,6 +70,8 @@ class DecorrConfig:
             self._between("decor_lr", 0.0, math.inf)
         self._between("cost_budget", 0.0, math.inf)
         self._between("kappa", 0.0, 1.0)
+        self._between("power", 0.0, 0.5)
+        self._between("damping", math.ulp(0.0), math.inf)  # above 0: an input that never varies has no root
         self._between("sample_fraction", math.ulp(0.0), 1.0)  # above 0: no row would ever be recorded
         for name in ("max_samples", "update_every", "max_dim"):
             self._positive_int(name)

@@ -12,6 +12,7 @@ from decorr_fx.ops.structure import Layout
 
 REFERENCE_BATCH = 128
 REFERENCE_ROWS = 4096  # that a layer maps in a step of which nothing but the weight is known
+EIGENVALUES = 9  # FLOP of an eigendecomposition, over the side cubed
 NARROWEST = 8  # block of channels that is worth a matrix R
 
 
@@ -43,24 +44,29 @@ def apply_flops(layouts: Sequence[Layout], work: Work) -> int:
     return total
 
 
-def move_flops(layouts: Sequence[Layout], work: Work, max_samples: int) -> int:
+def move_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> int:
     """Count the FLOP of one step of R, and of the weights that follow it."""
     layout = layouts[0]
-    samples, size = min(layout.slots(max_samples), work.rows), layout.groups * layout.d
+    samples, size = min(layout.slots(config.max_samples), work.rows), layout.groups * layout.d
     total = 0
     for stacks, m, _ in layout.factor_shapes:
         n = samples * size // (stacks * m)
         smaller = min(n, m)
-        mix, moment, bound = 2 * n * m * m, 2 * n * m * smaller, 2 * smaller**3
-        advance, inverse = (2 * m**3, m**3) if n >= m else (4 * n * m * m, n**3 + 4 * n * n * m)
-        total += stacks * (mix + moment + bound + advance + inverse)
-        total += sum(2 * _size(other) * (m if n >= m else 2 * n) for other in layouts)
+        total += stacks * (2 * n * m * m + 2 * n * m * smaller)  # z, and its moment
+        if config.rule == "power":
+            total += stacks * (2 * n * m * m + EIGENVALUES * m**3 + 6 * m**3)  # the moment of x, R, and old new^-1
+        elif n >= m:
+            total += stacks * (2 * m**3 + 2 * m**3 + m**3)  # the bound, T R, and T^-1
+        else:
+            total += stacks * (2 * n**3 + 4 * n * m * m + n**3 + 4 * n * n * m)
+        rank = 2 * n if config.rule != "power" and n < m else m
+        total += sum(2 * _size(other) * rank for other in layouts)
     return total
 
 
 def extra_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> int:
     """Count the extra FLOP of a training step, on average, for the weights that share one R."""
-    moves = move_flops(layouts, work, config.max_samples) // config.update_every
+    moves = move_flops(layouts, work, config) // config.update_every
     return apply_flops(layouts, work) + moves
 
 

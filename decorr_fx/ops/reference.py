@@ -134,6 +134,20 @@ def step_factors(
     return Stepped(moved, None if T_taps is None or taps is None else T_taps @ taps, T_blocks, T_taps)
 
 
+def root(Sigma: Tensor, power: float, damping: float) -> Tensor:
+    """Return `gain * (Sigma + damping * mean eigenvalue)^-power`, with a gain such that tr(R Sigma R) = tr(Sigma)."""
+    d = len(Sigma)
+    values, vectors = torch.linalg.eigh(Sigma + damping * torch.trace(Sigma) / d * torch.eye(d, dtype=Sigma.dtype))
+    R = sum((v**-power * torch.outer(u, u) for v, u in zip(values, vectors.T, strict=True)), torch.zeros_like(Sigma))
+    return R * (torch.trace(Sigma) / torch.trace(R @ Sigma @ R)).sqrt()
+
+
+def running_moment(Sigma: Tensor, x: Tensor, steps: int, rate: float) -> Tensor:
+    """Return the running moment after rows `x [n, d]`, which come after `steps` others."""
+    followed = min(max(rate, 1 / (steps + 1)), 1)
+    return (1 - followed) * Sigma + followed * measure(x).M
+
+
 def retreat_rows(W: Tensor, T_blocks: Sequence[Tensor], T_taps: Tensor | None = None) -> Tensor:
     """Return `W T^-1` for rows `W [o, d]`: with `R <- T R`, the product W R stands still."""
     inverse: Tensor = torch.linalg.inv(dense(T_blocks, T_taps))

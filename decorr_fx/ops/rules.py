@@ -1,6 +1,6 @@
-"""The rules: how R moves, given rows it has made of its input.
+"""Rules of small steps: how R moves, given rows it has made of its input.
 
-Every rule is a *transition*: a step of R is `R <- T R` with
+Every one of them is a *transition*: a step of R is `R <- T R` with
 
     T = gain * (I - eps * G),    G = scale * C + diag(shift)
     C = M - diag(M),    M = mean over rows of z z^T,    z = R x
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from decorr_fx.config import RuleName
+from decorr_fx.ops.moment import Moment
 from decorr_fx.ops.product import times
-from decorr_fx.ops.structure import mix, refold_mode, unfold_mode
 
 # eps * lambda_max(G) is kept below this: T is then positive definite with a condition number of at most 3. lambda_max
 # is bounded from above, so that no step can overshoot, however wrong eps is: it is at most scale * |M| + max |shift|,
@@ -31,53 +31,6 @@ from decorr_fx.ops.structure import mix, refold_mode, unfold_mode
 # that bounds: a tiny C is a difference of large numbers, and a step that scales it up would scale up their rounding
 # errors.
 STEP_BOUND = 0.5
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Second moment M of `z [stacks, n, d]`, whose unused rows are zero, over `count [stacks, 1, 1]` rows.
-
-    `C [stacks, d, d]` is M without its diagonal, or None where there are fewer rows than features;
-    `variance [stacks, d]` is the diagonal, `norm [stacks]` the Frobenius norm of M, and `largest [stacks]` is an upper
-    bound of its largest eigenvalue.
-    """
-
-    z: Tensor
-    count: Tensor
-    C: Tensor | None
-    variance: Tensor
-    norm: Tensor
-    largest: Tensor
-
-    @classmethod
-    def of(cls, z: Tensor, count: Tensor) -> "Moment":
-        """Measure the rows `z [stacks, n, d]`, of which `count [stacks, 1, 1]` are in use and the others zero."""
-        dense = z.shape[1] >= z.shape[2]
-        product = (z.mT @ z if dense else z @ z.mT) / count  # the same eigenvalues but for zeros, the smaller side
-        norm = product.flatten(1).norm(dim=1)
-        unit = product / norm.clamp(min=torch.finfo(z.dtype).tiny)[:, None, None]  # its square does not overflow
-        largest = norm * (unit @ unit).flatten(1).norm(dim=1).sqrt()
-        C = product - torch.diag_embed(product.diagonal(dim1=1, dim2=2)) if dense else None
-        return cls(z, count, C, z.square().sum(1) / count[:, 0], norm, largest)
-
-    def correlations_times(self, right: Tensor) -> Tensor:
-        """Return `C @ right`."""
-        if self.C is not None:
-            return self.C @ right
-        return self.z.mT @ (self.z @ right) / self.count - self.variance[..., None] * right
-
-    def correlation(self) -> Tensor:
-        """Return the mean over pairs of units of `C^2`, `[stacks]`."""
-        d = self.variance.shape[1]
-        if self.C is not None:
-            squared = self.C.square().sum((1, 2))
-        else:
-            squared = (self.norm.square() - self.variance.square().sum(1)).clamp(min=0)
-        return squared / max(d * (d - 1), 1)
-
-    def variance_error(self) -> Tensor:
-        """Return the mean over units of `V^2`, with V = diag(M) - I, `[stacks]`."""
-        return (self.variance - 1).square().mean(1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +50,7 @@ class Transition:
 
     def retreat(self, W: Tensor, stacks: slice) -> Tensor:
         """Return `W @ T^-1` for rows `W [..., o, d]` of the given stacks."""
-        if self.moment.C is not None:
+        if self.moment.off_diagonal is not None:
             return times(W, self._inverted[stacks])
         shrink, scaled, inner = (part[stacks] for part in self._inverted_by_rows)
         return W * shrink + (W @ scaled.mT) @ inner
@@ -106,7 +59,7 @@ class Transition:
     def _inverted(self) -> Tensor:
         """`T^-1 [stacks, d, d]`, where C is known; T is well conditioned, see STEP_BOUND."""
         eye = torch.eye(self.shift.shape[1], dtype=self.shift.dtype, device=self.shift.device)
-        C = cast(Tensor, self.moment.C)
+        C = cast(Tensor, self.moment.off_diagonal)
         T = eye - self.eps * (self.scale * C + torch.diag_embed(self.shift))
         return _inverse(T) / self.gain
 
@@ -132,68 +85,32 @@ def _inverse(A: Tensor) -> Tensor:
     return inverse
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of all factors of R: the new factors, and the transitions that led there."""
-
-    factors: list[Tensor]
-    transitions: list[Transition]
-
-    def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
-        """Return the stacked weight `[stacks, d_out, *modes]` such that `W R` is what it was before the step.
-
-        It is that of number `site` of `sites` that took the step together.
-        """
-        for mode, transition in enumerate(self.transitions):
-            stacks = len(transition.eps) // sites
-            rows = unfold_mode(stacked, mode, stacks)
-            moved = transition.retreat(rows, slice(site * stacks, (site + 1) * stacks))
-            stacked = refold_mode(moved, stacked, mode)
-        return stacked
-
-    def correlation(self, sites: int) -> Tensor:
-        """Return the mean squared correlation before the step, over stacks and factors, `[sites]`."""
-        return _mean_of_sites([t.moment.correlation() for t in self.transitions], sites)
-
-    def variance_error(self, sites: int) -> Tensor:
-        """Return the mean squared variance error before the step, over stacks and factors, `[sites]`."""
-        return _mean_of_sites([t.moment.variance_error() for t in self.transitions], sites)
-
-
-def _mean_of_sites(losses: list[Tensor], sites: int) -> Tensor:
-    return torch.stack([of_factor.reshape(sites, -1).mean(1) for of_factor in losses]).mean(0)
-
-
-def step_factors(
-    factors: Sequence[Tensor], x: Tensor, count: Tensor, rule: RuleName, decor_lr: float, kappa: float
-) -> Step:
-    """Move R by one step of `rule`.
+def transitions(
+    moments: Sequence[Moment], x: Tensor, z: Tensor, rule: RuleName, decor_lr: float, kappa: float
+) -> list[Transition]:
+    """Return the transition of each factor of R.
 
     Args:
-        factors: the factors of R, `[stacks, modes[i], modes[i]]`, the last of fewer stacks where blocks share it.
-        x: rows `[stacks, n, *modes]`, demeaned where the rule asks for it; unused rows are zero.
-        count: `[stacks]`, the number of rows in use.
+        moments: that of the rows of each factor's own mode of z.
+        x: rows `[stacks, n, *modes]`, demeaned where the rule asks for it.
+        z: the same rows, decorrelated.
         rule: name of the rule.
         decor_lr: eps; shortened so that `eps * lambda_max(G)` stays below `STEP_BOUND`.
         kappa: weight of the variance error.
     """
-    z = mix(x, [factor.mT for factor in factors])
-    matrices = len(factors[-1])  # R is one matrix for all blocks that share a factor
-    gain = _norm_gain(x, z, matrices, len(factors)) if RULES[rule].keeps_norm else x.new_ones(matrices)
-    transitions = []
-    for mode, factor in enumerate(factors):
-        rows = unfold_mode(z, mode, len(factor))
-        used = rows.shape[1] // z.shape[1] * count.reshape(len(factor), -1)[:, :1, None]
-        moment = Moment.of(rows, used)
+    matrices = len(moments[-1].variance)  # R is one matrix for all blocks that share a factor
+    gain = _norm_gain(x, z, matrices, len(moments)) if RULES[rule].keeps_norm else x.new_ones(matrices)
+    found = []
+    for moment in moments:
         scale, shift = RULES[rule].terms(moment.variance, kappa)
-        own_gain = gain.repeat_interleave(len(factor) // matrices)[:, None, None]
-        transitions.append(Transition(moment, scale, shift, _bounded(decor_lr, moment, scale, shift), own_gain))
-    return Step([t.advance(f) for t, f in zip(transitions, factors, strict=True)], transitions)
+        own_gain = gain.repeat_interleave(len(shift) // matrices)[:, None, None]
+        found.append(Transition(moment, scale, shift, _bounded(decor_lr, moment, scale, shift), own_gain))
+    return found
 
 
 def _bounded(decor_lr: float, moment: Moment, scale: float, shift: Tensor) -> Tensor:
     """Return eps `[stacks, 1, 1]`: `decor_lr`, or less where `eps * lambda_max(G)` might exceed `STEP_BOUND`."""
-    largest = scale * moment.largest + shift.abs().amax(1)
+    largest = scale * moment.largest() + shift.abs().amax(1)
     eps: Tensor = STEP_BOUND / largest
     return eps.clamp(max=decor_lr)[:, None, None]
 
@@ -232,11 +149,10 @@ class Rule:
 
     terms: Callable[[Tensor, float], tuple[float, Tensor]]
     keeps_norm: bool = False
-    demeans: bool = False
 
 
 RULES: dict[RuleName, Rule] = {
     "dbp": Rule(_dbp),
     "dbp-normalized": Rule(_dbp_normalized),
-    "crgd": Rule(_crgd, keeps_norm=True, demeans=True),
+    "crgd": Rule(_crgd, keeps_norm=True),
 }

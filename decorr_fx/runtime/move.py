@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decorr_fx.ops.power import Past
 from decorr_fx.ops.product import full_precision
-from decorr_fx.ops.rules import Step, step_factors
+from decorr_fx.ops.step import Step, step_factors
 from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
 from decorr_fx.runtime.state import Site
 
@@ -53,13 +54,21 @@ def move(sites: Sequence[Site], decor_lr: float) -> None:
         if spec.demeaned:
             means, x = _demean(sites, x, count, used.repeat_interleave(layout.stacks, 0))
         factors = [_join(of_sites) for of_sites in zip(*(site.factors for site in sites), strict=True)]
-        step = step_factors(factors, x, count, config.rule, decor_lr, config.kappa)
+        step = step_factors(factors, x, count, config, decor_lr, _past(sites))
         updates = [Update([site.factors[i] for site in sites], _split(f, sites)) for i, f in enumerate(step.factors)]
+        updates += [Update([s.moments[i] for s in sites], _split(m, sites)) for i, m in enumerate(step.moments)]
         if means is not None:
             updates.append(Update([site.mean for site in sites], means))
         if config.preserve_function:
             updates += _followers(sites, step, means)
         _commit(sites, updates, step, seen > 0)
+
+
+def _past(sites: Sequence[Site]) -> Past | None:
+    if not sites[0].spec.remembers:
+        return None
+    moments = [_join(of_sites) for of_sites in zip(*(site.moments for site in sites), strict=True)]
+    return Past(moments, torch.stack([site.steps for site in sites]))
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from decorr_fx.config import DecorrConfig
 from decorr_fx.ops.cost import Work
 from decorr_fx.ops.record import ConvGeometry
-from decorr_fx.ops.rules import RULES
+from decorr_fx.ops.step import DEMEANING, REMEMBERING
 from decorr_fx.ops.structure import Layout
 
 
@@ -66,7 +66,12 @@ class SiteSpec:
     @property
     def demeaned(self) -> bool:
         """Whether the rule sees rows with their running mean subtracted."""
-        return any(weight.centered for weight in self.weights) or RULES[self.config.rule].demeans
+        return any(weight.centered for weight in self.weights) or self.config.rule in DEMEANING
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the rule keeps running moments of the rows."""
+        return self.config.rule in REMEMBERING
 
     @property
     def factor_names(self) -> tuple[str, ...]:

@@ -47,6 +47,8 @@ class Site(nn.Module):
         layout, slots = spec.layout, spec.slots
         for name, (stacks, side, _) in zip(spec.factor_names, layout.factor_shapes, strict=True):
             self.register_buffer(name, torch.eye(side, device=device, dtype=dtype).repeat(stacks, 1, 1))
+            if spec.remembers:
+                self.register_buffer(f"{name}_moment", torch.zeros(stacks, side, side, device=device, dtype=dtype))
         if spec.demeaned:
             self.register_buffer("mean", torch.zeros(layout.stacks, *layout.modes, device=device, dtype=dtype))
         for name in ("steps", "refused"):
@@ -62,6 +64,12 @@ class Site(nn.Module):
         """The factors of R, see `ops.structure`."""
         buffers: dict[str, Any] = self._buffers  # get_buffer would look up each name in four ways
         return [buffers[name] for name in self.spec.factor_names]
+
+    @property
+    def moments(self) -> list[Tensor]:
+        """The running moments of x, one a factor; none where the rule keeps none."""
+        names = self.spec.factor_names if self.spec.remembers else ()
+        return [self.get_buffer(f"{name}_moment") for name in names]
 
     def record(self, x: Tensor, output_padding: Sequence[int] = ()) -> None:
         """Record a few rows of the layer's input `x`, as a graph sees it; see `ops.record`."""
@@ -177,6 +185,8 @@ class Site(nn.Module):
         """Set R to the identity and every counter to zero, as `transform` leaves them."""
         for factor in self.factors:
             factor.copy_(torch.eye(factor.shape[-1], device=factor.device, dtype=factor.dtype).expand_as(factor))
+        for moment in self.moments:
+            moment.zero_()
         if self.spec.demeaned:
             self.mean.zero_()
         self.reset_counters()

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import decorr_fx
 from decorr_fx import DecorrConfig
 from decorr_fx.ops.cost import (
+    EIGENVALUES,
     NARROWEST,
     Work,
     apply_flops,
@@ -95,16 +96,18 @@ def test_applying_R_takes_the_flops_that_are_counted(layer: nn.Module, structure
 
 @pytest.mark.parametrize("rows", [16, 200])
 @pytest.mark.parametrize("structure", ["full", "kronecker"])
-def test_moving_R_takes_the_flops_that_are_counted(structure: str, rows: int) -> None:
-    """Torch counts products only: the inverse is left out on both sides."""
-    model = decorr_fx.transform(nn.Conv1d(32, 20, 3), DecorrConfig(structure=structure, max_samples=rows))
+@pytest.mark.parametrize("rule", ["dbp", "power"])
+def test_moving_R_takes_the_flops_that_are_counted(rule: str, structure: str, rows: int) -> None:
+    """Torch counts products only: inverses and eigenvalues are left out on both sides."""
+    config = DecorrConfig(structure=structure, max_samples=rows, rule=rule)
+    model = decorr_fx.transform(nn.Conv1d(32, 20, 3), config)
     (site,) = sites_of(model)
     model(torch.randn(10, 32, 40))
     with FlopCounterMode(display=False) as counter:
         move([site], 0.01)
-    counted = move_flops([site.spec.layout], Work(380, 10 * 32 * 40), rows)
+    counted = move_flops([site.spec.layout], Work(380, 10 * 32 * 40), config)
     inverses = 0
     for stacks, m, _ in site.spec.layout.factor_shapes:
         n = site.spec.slots * site.spec.layout.d // (stacks * m)
-        inverses += stacks * (m**3 if n >= m else n**3)
+        inverses += stacks * (EIGENVALUES * m**3 if rule == "power" else min(n, m) ** 3)
     assert counter.get_total_flops() == counted - inverses

@@ -1,78 +1,32 @@
-from dataclasses import dataclass
 from statistics import mean
 
 import pytest
 import torch
+from factors import Drawn, relative, sites
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from decorr_fx.config import RuleName
+from decorr_fx.config import DecorrConfig, RuleName
 from decorr_fx.ops import reference
-from decorr_fx.ops.rules import RULES, STEP_BOUND, Step, step_factors
+from decorr_fx.ops.rules import RULES, STEP_BOUND
+from decorr_fx.ops.step import Step, step_factors
 
 rules = st.sampled_from(list(RULES))
 step_sizes = st.sampled_from([0.0, 1e-3, 0.05, 1.0, 100.0])
 kappas = st.sampled_from([0.0, 0.01, 0.5, 1.0])
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Factors near the identity, rows with unused ones at the end, and how many rows are in use, of some matrices R."""
-
-    factors: list[Tensor]
-    x: Tensor
-    used: int
-
-    @property
-    def matrices(self) -> int:
-        return len(self.factors[-1])
-
-    def blocks(self, matrix: int) -> slice:
-        """Return which stacks belong to a matrix."""
-        each = len(self.x) // self.matrices
-        return slice(matrix * each, (matrix + 1) * each)
-
-    def parts(self, matrix: int, factors: list[Tensor] | None = None) -> tuple[list[Tensor], Tensor | None]:
-        """Return the blocks, and the factor over taps, of one matrix."""
-        first, *others = factors or self.factors
-        return list(first[self.blocks(matrix)]), others[0][matrix] if others else None
-
-    def rows(self, matrix: int, stacked: Tensor) -> Tensor:
-        """Return the rows `[n, d]` of one matrix, its blocks side by side."""
-        return stacked[self.blocks(matrix)].transpose(0, 1).flatten(1)
-
-
-@st.composite
-def sites(draw: st.DrawFn) -> Drawn:
-    matrices, blocks = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    if draw(st.booleans()):
-        sides, stacks = (draw(st.integers(2, 6)), draw(st.integers(2, 5))), (matrices * blocks, matrices)
-    else:
-        sides, stacks = (draw(st.integers(1, 12)),), (matrices,)
-    used, unused = draw(st.integers(1, 20)), draw(st.integers(0, 4))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    options = {"generator": generator, "dtype": torch.float64}
-    noise = [torch.randn(s, side, side, **options) for s, side in zip(stacks, sides, strict=True)]
-    factors = [torch.eye(n.shape[-1], dtype=torch.float64) + 0.2 * n for n in noise]
-    x = draw(st.sampled_from([0.1, 1.0, 10.0])) * torch.randn(stacks[0], used + unused, *sides, **options)
-    x[:, used:] = 0
-    return Drawn(factors, x, used)
+DBP = DecorrConfig(rule="dbp")
 
 
 def fast(drawn: Drawn, dtype: torch.dtype, rule: RuleName, lr: float, kappa: float) -> Step:
     x = drawn.x.to(dtype)
     count = torch.tensor(drawn.used).expand(len(x))
-    return step_factors([f.to(dtype) for f in drawn.factors], x, count, rule, lr, kappa)
+    config = DecorrConfig(rule=rule, kappa=kappa)
+    return step_factors([f.to(dtype) for f in drawn.factors], x, count, config, lr)
 
 
 def expected_of(drawn: Drawn, matrix: int, rule: RuleName, lr: float, kappa: float) -> reference.Stepped:
     rows = drawn.rows(matrix, drawn.x[:, : drawn.used])
     return reference.step_factors(*drawn.parts(matrix), rows, rule, lr, kappa)
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 @given(sites(), rules, step_sizes, kappas)
@@ -125,7 +79,7 @@ def test_each_site_has_a_count_of_its_own(drawn: Drawn) -> None:
     x[drawn.blocks(0), 1:] = 0  # one row only
     counts = torch.full((len(x),), drawn.used)
     counts[drawn.blocks(0)] = 1
-    step = step_factors(drawn.factors, x, counts, "dbp", 0.05, 0.5)
+    step = step_factors(drawn.factors, x, counts, DBP, 0.05)
     for matrix in range(drawn.matrices):
         own = Drawn(drawn.factors, x, 1 if matrix == 0 else drawn.used)
         expected = expected_of(own, matrix, "dbp", 0.05, 0.5)
@@ -136,7 +90,7 @@ def test_each_site_has_a_count_of_its_own(drawn: Drawn) -> None:
 @given(sites(), rules, kappas)
 def test_no_step_is_longer_than_the_bound(drawn: Drawn, rule: RuleName, kappa: float) -> None:
     step = fast(drawn, torch.float64, rule, 1e9, kappa)
-    for transition, factor in zip(step.transitions, step.factors, strict=True):
+    for transition, factor in zip(step.changes, step.factors, strict=True):
         assert factor.isfinite().all()
         eye = torch.eye(factor.shape[-1], dtype=torch.float64).expand_as(factor)
         move = eye - transition.advance(eye) / transition.gain
@@ -152,7 +106,7 @@ def test_steps_decorrelate_rows_of_a_badly_conditioned_input(rule: RuleName, row
     factors = [torch.eye(6, dtype=torch.float64)[None]]
     losses = []
     for _ in range(2000):
-        step = step_factors(factors, x, torch.tensor([rows]), rule, 0.5, 0.5)
+        step = step_factors(factors, x, torch.tensor([rows]), DecorrConfig(rule=rule), 0.5)
         factors = step.factors
         losses.append((float(step.correlation(1)), float(step.variance_error(1))))
     assert losses[-1][0] < 1e-6
@@ -163,13 +117,13 @@ def test_variance_errors_act_on_the_rows_of_R() -> None:
     """On the columns, as a public implementation has it, the same step would diverge on this input."""
     R = torch.tensor([[2.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    step = step_factors([R[None]], x[None], torch.tensor([2]), "dbp", 0.01, 1.0)
+    step = step_factors([R[None]], x[None], torch.tensor([2]), DecorrConfig(rule="dbp", kappa=1.0), 0.01)
     variance = torch.tensor([2.5, 0.5], dtype=torch.float64)
     torch.testing.assert_close(step.factors[0][0], R - 0.01 * (variance - 1)[:, None] * R)
 
 
 def test_without_rows_a_step_has_no_value_and_raises_nothing() -> None:
-    step = step_factors([torch.eye(3)[None]], torch.zeros(1, 4, 3), torch.tensor([0]), "dbp", 0.1, 0.5)
+    step = step_factors([torch.eye(3)[None]], torch.zeros(1, 4, 3), torch.tensor([0]), DBP, 0.1)
     assert not step.factors[0].isfinite().all()  # the site refuses it
 
 
@@ -180,7 +134,7 @@ def test_weights_follow_in_blocks_on_several_threads() -> None:
     try:
         x, W = torch.randn(4, 300, 256), torch.randn(4, 5, 256)
         factors = [torch.eye(256).repeat(4, 1, 1)]
-        step = step_factors(factors, x, torch.tensor([300]).expand(4), "dbp", 0.01, 0.5)
+        step = step_factors(factors, x, torch.tensor([300]).expand(4), DBP, 0.01)
         torch.testing.assert_close(step.retreat(W) @ step.factors[0], W, rtol=1e-4, atol=1e-4)
     finally:
         torch.set_num_threads(threads)

@@ -30,7 +30,7 @@ def test_the_report_is_the_plan_before_and_the_fact_after() -> None:
     assert decorr_fx.report(double) == decorr_fx.report(decorr_fx.transform(double))
     first = plan.sites[0]
     assert (first.fqn, first.kind, first.d, first.groups, first.structure) == ("0", "conv2d", 27, 1, "kronecker")
-    assert first.bytes == 4 * (3 * 3 + 9 * 9)
+    assert first.bytes == 2 * 4 * (3 * 3 + 9 * 9)  # the factors, and their running moments
     assert plan.sites[1].groups == 8
     table = str(plan)
     assert "conv2d" in table

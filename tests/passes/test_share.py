@@ -112,7 +112,7 @@ def test_layers_that_are_set_or_trained_otherwise_do_not_share() -> None:
 
 @pytest.mark.parametrize("center", [False, True])
 def test_a_shared_step_is_that_of_the_reference_for_every_weight(center: bool) -> None:
-    config = DecorrConfig(decor_lr=0.1, center=center)
+    config = DecorrConfig(rule="dbp", decor_lr=0.1, center=center)
     model = decorr_fx.transform(GatedMlp().double(), config)
     x = torch.randn(9, 6, dtype=torch.float64)
     before = {name: getattr(model, name).weight.detach().clone() for name in ("gate", "up")}
@@ -138,7 +138,10 @@ def test_a_shared_site_learns_folds_and_loads() -> None:
     for _ in range(3):
         train(model, x)
     assert len(list(sites_of(model))) == 2
-    assert [key for key in model.state_dict() if "decorr.R" in key] == ["gate.weight_decorr.R", "down.weight_decorr.R"]
+    assert [key for key in model.state_dict() if key.endswith("decorr.R")] == [
+        "gate.weight_decorr.R",
+        "down.weight_decorr.R",
+    ]
     folded = decorr_fx.fold(model)
     torch.testing.assert_close(folded(x), model(x))
     assert not any("decorr" in name for module in folded.modules() for name in vars(module))

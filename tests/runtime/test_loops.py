@@ -12,7 +12,7 @@ from decorr_fx import DecorrConfig
 from decorr_fx.ops import reference
 
 LR, DECOR_LR, KAPPA = 0.1, 0.05, 0.5
-CONFIG = DecorrConfig(update_every=1, decor_lr=DECOR_LR, kappa=KAPPA, max_samples=1000)
+CONFIG = DecorrConfig(rule="dbp", update_every=1, decor_lr=DECOR_LR, kappa=KAPPA, max_samples=1000)
 
 
 class HandLayer:

@@ -27,6 +27,7 @@ class Three(nn.Module):
 CONFIGS = [
     DecorrConfig(), DecorrConfig(structure="kronecker"), DecorrConfig(structure="block", max_dim=9),
     DecorrConfig(rule="crgd", center=True), DecorrConfig(max_samples=5), DecorrConfig(preserve_function=False),
+    DecorrConfig(rule="power"), DecorrConfig(rule="power", structure="kronecker", center=True),
 ]  # fmt: skip
 
 

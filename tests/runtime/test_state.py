@@ -53,7 +53,7 @@ def test_no_row_no_step(max_samples: int) -> None:
     assert [(s.steps, s.refused) for s in decorr_fx.stats(model)] == [(0, 0), (0, 0)]
 
 
-@pytest.mark.parametrize("rule", ["dbp", "dbp-normalized", "crgd"])
+@pytest.mark.parametrize("rule", ["dbp", "dbp-normalized", "crgd", "power"])
 @pytest.mark.parametrize("x", [torch.zeros(6, 5), torch.ones(6, 5), torch.full((1, 5), 1e4), 1e-20 * torch.ones(6, 5)])
 def test_degenerate_rows_leave_R_finite(rule: str, x: torch.Tensor) -> None:
     model = two_layers(rule=rule, decor_lr=1e6)
@@ -63,7 +63,7 @@ def test_degenerate_rows_leave_R_finite(rule: str, x: torch.Tensor) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("rule", ["dbp", "crgd"])
+@pytest.mark.parametrize("rule", ["dbp", "crgd", "power"])
 @pytest.mark.parametrize("structure", ["full", "kronecker"])
 def test_a_step_never_waits_for_the_device(rule: str, structure: str) -> None:
     """A fake tensor has no value: reading one on the host, as a sync does, raises."""
@@ -182,7 +182,7 @@ def test_decor_lr_may_depend_on_the_step() -> None:
         asked.append(step)
         return 0.1 if step == 4 else 0.0
 
-    model = two_layers(decor_lr=schedule, update_every=2)
+    model = two_layers(rule="dbp", decor_lr=schedule, update_every=2)
     x = torch.randn(9, 5)
     eye = torch.eye(5)
     still = []
@@ -216,7 +216,7 @@ def test_paused_keeps_R_and_drops_the_rows() -> None:
 
 
 def test_stats_tell_how_correlated_the_rows_are() -> None:
-    model = two_layers(decor_lr=0.2)
+    model = two_layers(rule="dbp", decor_lr=0.2)
     x = torch.randn(400, 5) @ torch.randn(5, 5)
     one_step(model, x)
     first = decorr_fx.stats(model)[0]
