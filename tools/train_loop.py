@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import cast
 
 import torch
+from muon import Muon
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -24,7 +25,7 @@ from train_settings import Settings
 TURN = 8  # steps that a contender takes before the next one's turn
 EVALUATION_BATCH = 512
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon}
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def score_of(model: nn.Module, batches: Iterable[Batch]) -> Score:
             logits = model(images)
             hits = (logits.argmax(1) == labels).sum()
             sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), hits]).cpu()
-            count += len(labels)
+            count += labels.numel()
     loss, accuracy = (sums / count).tolist()
     return Score(loss, accuracy)
 

@@ -45,6 +45,8 @@ class Settings:
     cost_budget: float
     decor_lr: float
     kappa: float
+    power: float
+    damping: float
     sample_fraction: float
     max_samples: int
     max_dim: int
@@ -125,7 +127,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=positive_int, default=argparse.SUPPRESS,
                        help="passes over the training set; if not given, 30 for digits, else 2")  # fmt: skip
     group.add_argument("--batch-size", type=positive_int, default=64, help="images a step")
-    group.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="adam", help="sgd has momentum 0.9")
+    group.add_argument("--optimizer", choices=("sgd", "adam", "adamw", "muon"), default="adam",
+                       help="sgd has momentum 0.9; muon leaves what is no matrix to AdamW")  # fmt: skip
     group.add_argument("--lr", type=positive, default=1e-3, help="learning rate at the start; falls linearly to 0")
     group.add_argument("--weight-decay", type=_weight_decay, default=argparse.SUPPRESS,
                        help="weight decay; if not given, the optimizer's own default")  # fmt: skip
@@ -141,8 +144,12 @@ def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rule", choices=get_args(RuleName), default=PRESET.rule, help="what a step of R does")
     group.add_argument("--structure", choices=get_args(StructureName), default=PRESET.structure, help="shape of R")
     group.add_argument("--cost-budget", type=float, default=PRESET.cost_budget, help="extra FLOP that auto may take")
-    group.add_argument("--decor-lr", type=float, default=PRESET.decor_lr, help="step size of R")
+    group.add_argument(
+        "--decor-lr", type=float, default=PRESET.decor_lr, help="step size of R, or rate of the rule power"
+    )
     group.add_argument("--kappa", type=float, default=PRESET.kappa, help="weight of the variance error, in [0, 1]")
+    group.add_argument("--power", type=float, default=PRESET.power, help="exponent of the rule power, in [0, 0.5]")
+    group.add_argument("--damping", type=float, default=PRESET.damping, help="of the rule power")
     group.add_argument("--sample-fraction", type=float, default=PRESET.sample_fraction, help="part of rows recorded")
     group.add_argument("--max-samples", type=int, default=PRESET.max_samples, help="most rows a layer keeps")
     group.add_argument("--max-dim", type=int, default=PRESET.max_dim, help="largest side of a factor of R")

@@ -1,0 +1,102 @@
+"""Study how fast methods learn: a grid of workloads, optimizers, methods, learning rates and seeds.
+
+    python tools/study.py tools/studies/quick.toml           run what is not in the results yet; table and picture
+    python tools/study.py tools/studies/full.toml --table    only the table, as Markdown
+
+Learning rates are chosen on the validation split, for each method alone; the test split is used once a run, at its end,
+and chooses nothing. Writes study-<name>.jsonl, one line a run, and study-<name>.png into --out.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from arguments import positive_int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from study_grid import PLAIN, Run, Study, read_study
+from study_pool import perform_all
+from study_report import draw, markdown_table, milliseconds_of, timing_line
+from study_run import Results
+from study_summary import summarise
+from study_time import step_milliseconds
+from train_settings import UsageError
+
+RESULTS = Path(__file__).parent / "results"
+INTERRUPTED = 130
+TIMING_RATE = 1e-3  # any would do: a step costs the same
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study; return 0, 2 where it cannot be run, or 130 after Ctrl-C."""
+    try:
+        settings = parse_settings(argv)
+        study = read_study(settings.study)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        results = Results(settings.out / f"study-{study.name}.jsonl")
+        if not settings.table:
+            run_study(study, results, settings.jobs)
+        tell(study, results, settings.out)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    except (UsageError, OSError) as error:
+        print(f"study.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def run_study(study: Study, results: Results, jobs: int) -> None:
+    """Run what is not in the results: first the seeds that learning rates are chosen on, then the others."""
+    _perform(study.tuning_runs(), results, jobs)
+    _perform(study.final_runs(chosen_rates(results, study)), results, jobs)
+    timed = milliseconds_of(results.lines)
+    for workload, optimizer, methods in study.races():
+        if set(timed.get((workload, optimizer), ())) != set(methods):
+            runs = [study.run(workload, optimizer, method, TIMING_RATE, study.seeds[0]) for method in methods]
+            results.append(timing_line(workload, optimizer, step_milliseconds(runs)))
+
+
+def chosen_rates(results: Results, study: Study) -> dict[tuple[str, str, str], list[float]]:
+    """Return the learning rates to run on all seeds: of each method its best on the tuning seeds, and plain's."""
+    summaries = summarise(results.on(study.tune))
+    plain = {(s.workload, s.optimizer): s.best.lr for s in summaries if s.method == PLAIN}
+    return {(s.workload, s.optimizer, s.method): sorted({s.best.lr, plain[s.workload, s.optimizer]}) for s in summaries}
+
+
+def tell(study: Study, results: Results, out: Path) -> None:
+    """Print the table, and draw the picture."""
+    summaries = summarise(results.lines)
+    print(markdown_table(summaries, milliseconds_of(results.lines)))
+    draw(out / f"study-{study.name}.png", summaries)
+
+
+def _perform(runs: Sequence[Run], results: Results, jobs: int) -> None:
+    missing = [run for run in runs if results.of(run) is None]
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=len(missing))
+        for line in perform_all(missing, jobs):
+            results.append(line)
+            progress.update(bar, advance=1, description=f"{line['run']['workload']} {line['run']['method']}")
+
+
+def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for; exits with code 2 where it is wrong."""
+    parser = argparse.ArgumentParser(prog="study.py", description="Study how fast methods learn, from a TOML file.")
+    parser.add_argument("study", type=Path, help="TOML file of the grid, see tools/study_grid.py")
+    parser.add_argument("--table", action="store_true", help="run nothing: the table of what there is")
+    parser.add_argument("--jobs", type=positive_int, default=os.cpu_count() or 1, help="runs side by side")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Runs side by side, each process with one thread, so that no run waits for another's."""
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+from study_grid import Run
+from study_run import perform
+
+
+def perform_all(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
+    """Yield what each run gave, as they end; what still waits is dropped where the caller stops."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from (future.result() for future in as_completed([pool.submit(perform, run) for run in runs]))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,112 @@
+"""What is told of a study: the table, and the picture."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from study_grid import PLAIN
+from study_summary import PARTS, Summary, Tried
+from tabulate import tabulate
+
+Milliseconds = Mapping[tuple[str, str], Mapping[str, float]]  # a step of each method, by (workload, optimizer)
+
+
+def markdown_table(summaries: Sequence[Summary], milliseconds: Milliseconds) -> str:
+    """Return the table of all summaries."""
+    targets = [f"steps to {part:.0%}" for part in PARTS]
+    headers = [
+        "workload", "optimizer", "method", "lr (tried)", *targets, "seconds to 100%", "test accuracy (%)",
+        "steps to 100% at plain's lr",
+    ]  # fmt: skip
+    rows = [_row(summary, milliseconds.get((summary.workload, summary.optimizer), {})) for summary in summaries]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _row(summary: Summary, milliseconds: Mapping[str, float]) -> list[str]:
+    steps = [_steps(*pair) for pair in zip(summary.steps, summary.ratios, strict=True)]
+    return [
+        summary.workload, summary.optimizer, summary.method, f"{summary.best.lr:g} ({summary.rates})", *steps,
+        _seconds(summary, milliseconds), _accuracy(summary.best), _at_plain_rate(summary),
+    ]  # fmt: skip
+
+
+def _steps(steps: float | None, ratio: float | None) -> str:
+    if steps is None:
+        return "not reached"
+    return f"{steps:.0f}" if ratio is None else f"{steps:.0f} ({ratio:.2f})"
+
+
+def _seconds(summary: Summary, milliseconds: Mapping[str, float]) -> str:
+    """Return the seconds of training to the first target: steps, times what a step costs side by side."""
+    own, plain = milliseconds.get(summary.method), milliseconds.get(PLAIN)
+    steps, ratio = summary.steps[0], summary.ratios[0]
+    if own is None or plain is None or steps is None or ratio is None:
+        return "-"
+    return f"{steps * own / 1000:.1f} ({ratio * own / plain:.2f})"
+
+
+def _accuracy(tried: Tried) -> str:
+    """Return mean and standard deviation of the test accuracy over seeds."""
+    if not tried.tests:
+        return "diverged"
+    mean = 100 * statistics.mean(tried.tests)
+    spread = f" ({100 * statistics.stdev(tried.tests):.1f})" if len(tried.tests) > 1 else ""
+    lost = f", {tried.diverged} diverged" if tried.diverged else ""
+    return f"{mean:.1f}{spread}, n={len(tried.tests)}{lost}"
+
+
+def _at_plain_rate(summary: Summary) -> str:
+    if summary.method == PLAIN or summary.at_plain_rate is None:
+        return "-"
+    steps = summary.at_plain_rate.steps_to(summary.targets[0])
+    return _steps(steps, None)
+
+
+def draw(path: Path, summaries: Sequence[Summary]) -> None:
+    """Draw validation accuracy over steps, with each method's best rate; one panel a workload and optimizer."""
+    panels = list(dict.fromkeys((s.workload, s.optimizer) for s in summaries))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax, panel in zip(axes, panels, strict=False):
+        _draw_panel(ax, [s for s in summaries if (s.workload, s.optimizer) == panel])
+        ax.set_title(", ".join(panel))
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    figure.supxlabel("training steps")
+    figure.supylabel("validation accuracy (%)")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_panel(ax: Axes, summaries: Sequence[Summary]) -> None:
+    lowest = []
+    for summary in summaries:
+        whole = [history for history in summary.best.histories if history[-1][0] >= summary.best.budget]
+        if not whole:
+            continue
+        steps = [row[0] for row in whole[0]]
+        accuracies = 100 * np.array([[row[3] for row in history] for history in whole])
+        (line,) = ax.plot(steps, accuracies.mean(0), label=f"{summary.method}, lr {summary.best.lr:g}")
+        if len(whole) > 1:
+            ax.fill_between(steps, accuracies.min(0), accuracies.max(0), color=line.get_color(), alpha=0.2)
+        lowest.append(np.quantile(accuracies, 0.2))
+    ax.axhline(100 * summaries[0].targets[0], color="grey", lw=0.8, ls="--")
+    if lowest:
+        ax.set_ylim(bottom=min(lowest) - 2)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small", loc="lower right")
+
+
+def timing_line(workload: str, optimizer: str, milliseconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return the line of a results file that holds what a step costs."""
+    return {"timing": [workload, optimizer], "milliseconds": dict(milliseconds)}
+
+
+def milliseconds_of(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    """Return what `timing_line` wrote."""
+    return {(line["timing"][0], line["timing"][1]): line["milliseconds"] for line in lines if "timing" in line}

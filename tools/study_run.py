@@ -1,0 +1,123 @@
+"""One run of a study: train, and return what happened as one JSON object."""
+
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from study_grid import PLAIN, Run
+from study_workloads import WORKLOADS, Source, Workload
+from torch import nn
+from train_loop import Contender, score_of
+from train_settings import Settings, parse_settings
+
+import decorr_fx
+
+EVALUATION_BATCH = 500
+CPU = torch.device("cpu")
+
+
+def contender_of(run: Run, steps: int) -> Contender:
+    """Return the run's model, from weights that depend on the seed alone, ready to train for so many steps."""
+    torch.manual_seed(run.seed)
+    model = WORKLOADS[run.workload].build()
+    return Contender(run.method, _transformed(model, run), _settings(run), steps)
+
+
+def _transformed(model: nn.Module, run: Run) -> nn.Module:
+    if run.method == PLAIN:
+        return model
+    workload = WORKLOADS[run.workload]
+    images, _ = next(workload.load(run.seed).training_batches(2, run.seed, CPU))
+    return decorr_fx.transform(model, decorr_fx.DecorrConfig(**run.config), example_inputs=images)
+
+
+def _settings(run: Run) -> Settings:
+    return parse_settings(
+        ["--optimizer", run.optimizer, "--lr", str(run.lr), "--seed", str(run.seed), "--device", "cpu"]
+    )
+
+
+def perform(run: Run) -> dict[str, Any]:
+    """Train, evaluating on the validation split, and once on the test split at the end.
+
+    Returns:
+        `run`, and `history`: rows of (step, training loss since the last row, validation loss, validation accuracy);
+        `diverged`: the step where numbers were no longer finite, else None; `test` (loss, accuracy), None then.
+    """
+    workload = WORKLOADS[run.workload]
+    source, contender = workload.load(run.seed), contender_of(run, workload.steps)
+    finite = _train(contender, source, workload, run)
+    test = score_of(contender.model, source.batches("test", EVALUATION_BATCH, CPU)) if finite else None
+    return {
+        "run": run.as_json(),
+        "budget": workload.steps,
+        "history": [
+            [e.step, e.train_loss, e.val_loss, e.val_accuracy] for e in contender.history if _finite(e.val_loss)
+        ],
+        "diverged": None if finite else contender.step,
+        "test": test and [test.loss, test.accuracy],
+        "seconds": contender.seconds,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _train(contender: Contender, source: Source, workload: Workload, run: Run) -> bool:
+    """Train to the end of the budget; return False as soon as the losses are not finite."""
+    batches = source.training_batches(workload.batch_size, run.seed, CPU)
+    interval = max(1, workload.steps // run.evaluations)
+    while contender.step < workload.steps:
+        contender.train(list(islice(batches, min(interval, workload.steps - contender.step))))
+        evaluation = contender.evaluate(source.batches("validation", EVALUATION_BATCH, CPU), interval)
+        if not _finite(evaluation.val_loss) or not _finite(evaluation.train_loss or 0.0):
+            return False
+    return True
+
+
+def _finite(loss: float) -> bool:
+    return math.isfinite(loss)
+
+
+class Results:
+    """A file of JSON lines, one a run: what is in it is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = _read(path)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line, on the disk at once."""
+        self.lines.append(dict(line))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on(self, seeds: Collection[int]) -> list[dict[str, Any]]:
+        """Return the lines of the runs on these seeds."""
+        return [line for line in self.lines if "run" in line and line["run"]["seed"] in seeds]
+
+    def of(self, run: Run) -> dict[str, Any] | None:
+        """Return the line of a run, if it was made."""
+        wanted = run.as_json()
+        return next((line for line in self.lines if line.get("run") == wanted), None)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file; one that was cut short, as an interrupted write leaves it, is taken out of it."""
+    if not path.exists():
+        return []
+    kept, cut = [], False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            kept.append(json.loads(line))
+        except json.JSONDecodeError:
+            cut = True
+    if cut:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+    return kept
