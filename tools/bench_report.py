@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from bench_cases import Bars, Case
 from bench_measure import PHASES, Contender, Spread
+from bench_methods import CannotMeasureError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from tabulate import tabulate
@@ -71,24 +72,32 @@ def case_table(case: Case, results: Sequence[Result]) -> Table:
 
 
 def markdown_table(path: Path) -> str:
-    """Return a Markdown table of a JSON file: of each case the plain model and the first method, and the bars."""
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    rows = []
-    for measured in whole["cases"]:
-        case, (plain, first, *_) = measured["case"], measured["results"]
-        bars = case["bars"]
-        rows.append([
-            Case(**{**case, "methods": (), "bars": Bars()}).title,
-            _told(plain["step"], "{median:.0f}"), _told(first["step"], "{median:.0f}"),
-            _told(first["ratio"], "{median:.2f} ({low:.2f} - {high:.2f})"), _bar(bars["step"]),
-            _told(first["evaluation_ratio"], "{median:.2f} ({low:.2f} - {high:.2f})"),
-            f"{first['memory'] / plain['memory']:.3f}" if first["memory"] else "-", _bar(bars["memory"]),
-        ])  # fmt: skip
+    """Return a Markdown table of a JSON file: of each case the plain model and the first method, and the bars.
+
+    Raises:
+        CannotMeasureError: the file is none that `write_json` wrote.
+    """
+    try:
+        rows = [_row(measured) for measured in json.loads(path.read_text(encoding="utf-8"))["cases"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CannotMeasureError(f"{path} cannot be read: {error}; measure again") from None
     headers = [
         "training step", "plain (ms)", "decorrelated (ms)", "ratio (quartiles)", "bar", "eval ratio (quartiles)",
         "peak memory", "bar",
     ]  # fmt: skip
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _row(measured: Mapping[str, Any]) -> list[str]:
+    case, (plain, first, *_) = measured["case"], measured["results"]
+    bars = case["bars"]
+    return [
+        Case(**{**case, "methods": (), "bars": Bars()}).title,
+        _told(plain["step"], "{median:.0f}"), _told(first["step"], "{median:.0f}"),
+        _told(first["ratio"], "{median:.2f} ({low:.2f} - {high:.2f})"), _bar(bars["step"]),
+        _told(first["evaluation_ratio"], "{median:.2f} ({low:.2f} - {high:.2f})"),
+        f"{first['memory'] / plain['memory']:.3f}" if first["memory"] else "-", _bar(bars["memory"]),
+    ]  # fmt: skip
 
 
 def _told(spread: Mapping[str, float] | None, form: str) -> str:

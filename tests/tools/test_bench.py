@@ -64,6 +64,13 @@ def test_what_cannot_be_measured_is_said_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cases": [{"case": {}, "results": []}]}'])
+def test_a_damaged_file_is_said_in_a_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench-cpu.json").write_text(text)
+    assert main(["--suite", "cpu", "--table", "--out", str(tmp_path)]) == 2
+    assert "bench-cpu.json cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("soap", "shampoo")])
 def test_every_method_trains_a_model(method: str) -> None:
     contender = Contender(Case("linears", batch=8, width=16), method)
