@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from decorr_fx.errors import ConfigError
 
 RuleName = Literal["dbp", "dbp-normalized", "crgd", "power"]
-StructureName = Literal["auto", "full", "kronecker", "block"]
+StructureName = Literal["auto", "full", "kronecker", "channels", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,9 @@ class DecorrConfig:
             variant with C divided by d - 1 and V doubled; `crgd`: demeaned rows and a norm-keeping gain (arXiv
             2407.10780); `power`: a closed form from running moments of x, see `power`.
         structure: shape of R over the d features of a row. `full`: d x d. `kronecker`: channels (x) kernel taps.
-            `block`: blocks of at most `max_dim` features. `auto`: the richest that `cost_budget` allows, of full up to
-            `max_dim` features, the Kronecker pair for a convolution, and blocks of at most `max_dim` channels.
+            `channels`: over channels alone, the same for each tap. `block`: blocks of at most `max_dim` features.
+            `auto`: the richest that `cost_budget` allows, of full up to `max_dim` features, the Kronecker pair for a
+            convolution or its channels alone, and blocks of at most `max_dim` channels.
         cost_budget: most extra FLOP of a training step that `auto` takes, as a part of the model's own; half of it goes
             to the layers by their own FLOP, half evenly. Counted for a batch of 128 examples: how many rows an example
             gives a layer, `transform` learns from its `example_inputs`; without them, 4096 rows a step are assumed.
@@ -37,7 +38,8 @@ class DecorrConfig:
         max_samples: rows that each factor of R steps on. A layer keeps as many samples of its input between two steps
             of R, or fewer where a patch of a convolution gives a Kronecker pair several rows; later ones then replace
             earlier ones.
-        update_every: R moves at one of n steps of the optimizer, on the rows of the forwards right before it.
+        update_every: R moves at one of n steps of the optimizer, on the rows of the forwards right before it; n grows
+            from 1 to this number, one every so many steps.
         center: subtract the running mean of the rows in the forward, too. It is folded into the bias, so a layer
             without one is run uncentred; `report` says so.
         preserve_function: let W follow each step of R, so that the step leaves the network's function where it was.
@@ -57,7 +59,7 @@ class DecorrConfig:
     damping: float = 0.01
     sample_fraction: float = 1.0
     max_samples: int = 256
-    update_every: int = 8
+    update_every: int = 16
     center: bool = False
     preserve_function: bool = True
     max_dim: int = 256

@@ -104,7 +104,7 @@ class Contender:
         self.marks = Marks(self.device)
         kinds = []
         for _ in range(steps):
-            kinds.append(self.kinds.of(self.model, self.taken))
+            kinds.append(self.kinds.begin(self.model, self.taken))
             self.taken += 1
             self.marks.mark()
             loss = self._loss()

@@ -19,6 +19,7 @@ CLASSES = 100
 LINEARS = 3
 STRUCTURES = get_args(StructureName)
 PEERS = {"muon": "Muon", "soap": "SOAP", "shampoo": "KLShampoo"}  # of heavyball
+MOVE_CYCLE = 4  # steps, of which R moves at the first
 PEER_CYCLE = 2  # SOAP and Shampoo renew their preconditioner at every second step
 METHODS = (*STRUCTURES, "textbook", *PEERS)
 
@@ -71,9 +72,9 @@ def prepare(case: Case, method: str) -> tuple[nn.Module, Optimizer]:
 
 @dataclass(frozen=True)
 class Kinds:
-    """The kinds of a method's steps: `of(model, number)` tells which kind a step is, `shares` how often each comes."""
+    """The kinds of a method's steps: `begin(model, number)` returns that of the coming step, `shares` is how often."""
 
-    of: Callable[[nn.Module, int], Hashable]
+    begin: Callable[[nn.Module, int], Hashable]
     shares: Mapping[Hashable, float]
 
 
@@ -81,10 +82,23 @@ def step_kinds(method: str) -> Kinds:
     """Return which steps of a method are alike."""
     if method in STRUCTURES:
         often = 1 / decorr_fx.DecorrConfig().update_every
-        return Kinds(lambda model, _: next(sites_of(model)).due, {True: often, False: 1 - often})
+        return Kinds(_let_move, {True: often, False: 1 - often})
     if method in PEERS:
         return Kinds(lambda _, number: number % PEER_CYCLE, dict.fromkeys(range(PEER_CYCLE), 1 / PEER_CYCLE))
     return Kinds(lambda *_: 0, {0: 1.0})
+
+
+def _let_move(model: nn.Module, number: int) -> bool:
+    """Let R move at every fourth step, of those that are timed; return whether it does at this one.
+
+    So the kinds of steps are both there, however few are timed; their shares are those of a long training.
+    """
+    moves = number % MOVE_CYCLE == 0
+    for site in sites_of(model):
+        site.attempts = site.spec.config.update_every**2  # past the first steps, at which it moves more often
+        while site.due is not moves:
+            site.attempts += 1
+    return moves
 
 
 def decorr_config(case: Case, structure: str) -> decorr_fx.DecorrConfig:

@@ -13,6 +13,7 @@ from decorr_fx.ops.structure import Layout
 REFERENCE_BATCH = 128
 REFERENCE_ROWS = 4096  # that a layer maps in a step of which nothing but the weight is known
 EIGENVALUES = 9  # FLOP of an eigendecomposition, over the side cubed
+MEMORY_BOUND = 64  # columns below which a product with a weight waits for memory
 NARROWEST = 8  # block of channels that is worth a matrix R
 
 
@@ -38,7 +39,7 @@ def apply_flops(layouts: Sequence[Layout], work: Work) -> int:
     """Count the FLOP of applying R in forward and backward, to the smaller of weight and input where both can be."""
     total = 0
     for layout in layouts:
-        first, *others = layout.modes
+        first, *others = (m for _, m, _ in layout.factor_shapes)
         smaller = min(_size(layout), work.inputs) if layout.on_channels else _size(layout)
         total += 4 * smaller * first + 4 * _size(layout) * sum(others)
     return total
@@ -70,6 +71,15 @@ def extra_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> 
     return apply_flops(layouts, work) + moves
 
 
+def waiting_flops(layouts: Sequence[Layout]) -> int:
+    """Count the FLOP that could be done while a factor over taps waits for memory, beyond its own.
+
+    It has too few columns to keep a processor busy: reading and writing the weight takes longer than the product.
+    """
+    each = sum(MEMORY_BOUND - m for layout in layouts[:1] for _, m, _ in layout.factor_shapes[1:] if m < MEMORY_BOUND)
+    return sum(4 * _size(layout) * each for layout in layouts)
+
+
 def share_of_budget(own: Sequence[int], i: int, cost_budget: float) -> float:
     """Return the extra FLOP that site number `i` may take, of sites with these `own` FLOP.
 
@@ -83,13 +93,13 @@ def choose_layouts(plain: Sequence[Layout], config: DecorrConfig, work: Work, af
     """Return the layouts that `config.structure` asks for, for weights that share their input, read as `plain`.
 
     `auto` is the richest structure whose extra FLOP are `affordable`: full up to `max_dim` features; the Kronecker pair
-    for a convolution; and blocks of channels, as large as they can be. Where none is, it is the one with the smallest
-    blocks.
+    for a convolution, or its factor over channels alone; and blocks of channels, as large as they can be. Where none
+    is, it is the one with the smallest blocks.
     """
     chosen = list(plain)
     for candidate in candidates(plain[0], config):
-        chosen = [replace(layout, blocks=candidate.blocks, paired=candidate.paired) for layout in plain]
-        if config.structure != "auto" or extra_flops(chosen, work, config) <= affordable:
+        chosen = [_as(candidate, layout) for layout in plain]
+        if config.structure != "auto" or extra_flops(chosen, work, config) + waiting_flops(chosen) <= affordable:
             break
     return chosen
 
@@ -101,6 +111,8 @@ def candidates(plain: Layout, config: DecorrConfig) -> Iterator[Layout]:
         yield plain
     elif config.structure == "kronecker":
         yield _cut(plain, 1, paired=has_taps)
+    elif config.structure == "channels":
+        yield _cut(plain, 1, paired=has_taps, mixes_taps=False)
     elif config.structure == "block":
         yield _cut(plain, next(_blocks(plain.channels, config.max_dim // plain.taps)), paired=False)
     else:
@@ -108,11 +120,19 @@ def candidates(plain: Layout, config: DecorrConfig) -> Iterator[Layout]:
             yield plain
         for blocks in _blocks(plain.channels, config.max_dim):
             yield _cut(plain, blocks, paired=has_taps)
+            if has_taps:
+                yield _cut(plain, blocks, paired=True, mixes_taps=False)
 
 
-def _cut(plain: Layout, blocks: int, paired: bool) -> Layout:
+def _cut(plain: Layout, blocks: int, paired: bool, mixes_taps: bool = True) -> Layout:
     # A pair over a single channel is one dense matrix over the taps: say so, instead of carrying a 1 x 1 factor.
-    return replace(plain, blocks=blocks, paired=paired and plain.channels > blocks)
+    paired = paired and plain.channels > blocks
+    return replace(plain, blocks=blocks, paired=paired, mixes_taps=mixes_taps or not paired)
+
+
+def _as(chosen: Layout, plain: Layout) -> Layout:
+    """Return `plain` with the structure of `chosen`."""
+    return replace(plain, blocks=chosen.blocks, paired=chosen.paired, mixes_taps=chosen.mixes_taps)
 
 
 def _blocks(channels: int, most: int) -> Iterator[int]:

@@ -34,5 +34,4 @@ def _stamp(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...] | None:
 @torch.library.custom_op("decorr_fx::keep_folded", mutates_args=("kept",))
 def keep_folded_op(kept: Tensor, W: Tensor, factors: list[Tensor], layout: list[int]) -> None:
     """Do the same as a node of a compiled graph; `layout` holds the fields of a `Layout` as numbers."""
-    groups, d_out, channels, taps, transposed, blocks, paired = layout
-    keep_folded(kept, W, factors, Layout(groups, d_out, channels, taps, bool(transposed), blocks, bool(paired)))
+    keep_folded(kept, W, factors, Layout.of_numbers(layout))

@@ -12,6 +12,7 @@ dense matrix or `(channels, taps)` for a Kronecker pair, whose factor over taps 
 
     Linear(64, 10), full                      stacks 1,  modes (64,)      R [1, 64, 64]
     Conv2d(128, 256, 3), kronecker x2         stacks 2,  modes (64, 9)    A [2, 64, 64], S [1, 9, 9]
+    Conv2d(128, 256, 3), channels x2          stacks 2,  modes (64, 9)    A [2, 64, 64]
     Conv2d(128, 128, 3, groups=4), 2 blocks   stacks 8,  modes (144,)     R [8, 144, 144]: 16 channels of 9 taps
 
 so that a grouped convolution, a block-diagonal R and a Kronecker pair are all the same few lines.
@@ -42,6 +43,7 @@ class Layout:
         transposed: the weight is stored `[C_in, d_out, *kernel]`, as transposed convolutions do.
         blocks: number of diagonal blocks that the channels of a group are cut into.
         paired: R is a Kronecker pair (channels, taps) instead of one dense matrix.
+        mixes_taps: the pair has a factor over taps; without one R is the same for each tap.
     """
 
     groups: int
@@ -51,6 +53,7 @@ class Layout:
     transposed: bool = False
     blocks: int = 1
     paired: bool = False
+    mixes_taps: bool = True
 
     @property
     def d(self) -> int:
@@ -65,7 +68,7 @@ class Layout:
     @property
     def factor_shapes(self) -> list[tuple[int, int, int]]:
         """Shapes of the factors of R."""
-        first, *others = self.modes
+        first, *others = self.modes if self.mixes_taps else self.modes[:1]
         return [(self.stacks, first, first), *((self.groups, side, side) for side in others)]
 
     @property
@@ -84,8 +87,16 @@ class Layout:
 
         A patch is one row for a dense matrix; for a pair it is a row a tap, and a row a channel.
         """
-        rows = min(self.taps, self.channels) if self.paired else 1
+        rows = 1
+        if self.paired:
+            rows = min(self.taps, self.channels) if self.mixes_taps else self.taps
         return ceil(max_samples / rows)
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[int]) -> "Layout":
+        """Return the layout with these `numbers`."""
+        groups, d_out, channels, taps, transposed, blocks, paired, mixes_taps = numbers
+        return cls(groups, d_out, channels, taps, bool(transposed), blocks, bool(paired), bool(mixes_taps))
 
     @property
     def on_channels(self) -> bool:
@@ -95,7 +106,10 @@ class Layout:
     @property
     def structure(self) -> str:
         """Name of the structure of R, for people."""
-        name = "kronecker" if self.paired else "full" if self.blocks == 1 else "block"
+        if self.paired:
+            name = "kronecker" if self.mixes_taps else "channels"
+        else:
+            name = "full" if self.blocks == 1 else "block"
         return f"{name} x{self.blocks}" if self.blocks > 1 else name
 
 

@@ -76,4 +76,6 @@ class SiteSpec:
     @property
     def factor_names(self) -> tuple[str, ...]:
         """Names of the factors of R: the keys under which they are saved."""
-        return ("A", "S") if self.layout.paired else ("R",)
+        if not self.layout.paired:
+            return ("R",)
+        return ("A", "S") if self.layout.mixes_taps else ("A",)

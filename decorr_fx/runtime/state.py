@@ -172,10 +172,12 @@ class Site(nn.Module):
     def due(self) -> bool:
         """Whether R moves at the next step of the optimizer.
 
-        It does at one of `update_every` steps, spread by the golden ratio: strictly every n-th step would never come
-        for a layer that is used at every second one, or under an optimizer that wraps another and counts twice.
+        It does at one of n steps, where n grows from 1 to `update_every`: at first everything moves fast. They are
+        spread by the golden ratio: strictly every n-th step would never come for a layer that is used at every second
+        one, or under an optimizer that wraps another and counts twice.
         """
-        return self.attempts * GOLDEN % 1 < 1 / self.spec.config.update_every
+        most = self.spec.config.update_every
+        return self.attempts * GOLDEN % 1 < 1 / min(most, 1 + self.attempts // most)
 
     def forget(self) -> None:
         """Drop the rows recorded so far."""

@@ -9,6 +9,7 @@ import decorr_fx
 from decorr_fx import DecorrConfig
 from decorr_fx.ops.cost import (
     EIGENVALUES,
+    MEMORY_BOUND,
     NARROWEST,
     Work,
     apply_flops,
@@ -17,6 +18,7 @@ from decorr_fx.ops.cost import (
     move_flops,
     own_flops,
     share_of_budget,
+    waiting_flops,
 )
 from decorr_fx.ops.structure import Layout
 from decorr_fx.runtime.move import move
@@ -41,6 +43,7 @@ def plain_layout(layer: nn.Module) -> Layout:
         (nn.Linear(25088, 10, device="meta"), "auto", 512, "block x49"),
         (nn.Linear(25088, 10, device="meta"), "full", 512, "full"),
         (nn.Conv2d(1024, 16, 3), "kronecker", 512, "kronecker"),
+        (nn.Conv2d(1024, 16, 3), "channels", 512, "channels"),
         (nn.Conv2d(64, 16, 3), "block", 90, "block x8"),
         (nn.Linear(1031, 4), "auto", 256, "full"),  # a prime: nothing but slivers would be equal blocks
     ],
@@ -67,6 +70,18 @@ def test_auto_is_the_richest_within_the_budget(layer: nn.Module, rows: int) -> N
     assert width == 256 or richer == layout or extra_flops([richer], work, DecorrConfig()) > affordable
 
 
+def test_a_factor_over_taps_waits_for_memory_and_is_left_out_where_rows_are_few() -> None:
+    plain = plain_layout(nn.Conv2d(512, 512, 3))
+    chosen = {}
+    for rows in (512, 50_000):
+        work = Work(rows, rows * plain.channels)
+        (chosen[rows],) = choose_layouts([plain], DecorrConfig(), work, 0.05 * own_flops([plain], work))
+    assert not chosen[512].mixes_taps and chosen[512].structure.startswith("channels")
+    assert chosen[50_000].structure == "kronecker x2"
+    assert waiting_flops([chosen[50_000]]) == 4 * 512 * 512 * 9 * (MEMORY_BOUND - 9)
+    assert waiting_flops([chosen[512]]) == waiting_flops([plain]) == 0
+
+
 def test_the_shares_add_up_to_the_budget_and_a_small_layer_is_not_starved() -> None:
     own = [1000, 10, 500]
     shares = [share_of_budget(own, i, 0.05) for i in range(3)]
@@ -75,7 +90,7 @@ def test_the_shares_add_up_to_the_budget_and_a_small_layer_is_not_starved() -> N
 
 
 @pytest.mark.parametrize("positions", [1, 4, 30])
-@pytest.mark.parametrize("structure", ["full", "kronecker", "block"])
+@pytest.mark.parametrize("structure", ["full", "kronecker", "channels", "block"])
 @pytest.mark.parametrize("layer", [nn.Linear(48, 40), nn.Conv1d(48, 40, 3, padding=1), nn.Conv1d(48, 40, 1)])
 def test_applying_R_takes_the_flops_that_are_counted(layer: nn.Module, structure: str, positions: int) -> None:
     """Counted by torch over forward and backward, against the plain layer."""
@@ -95,7 +110,7 @@ def test_applying_R_takes_the_flops_that_are_counted(layer: nn.Module, structure
 
 
 @pytest.mark.parametrize("rows", [16, 200])
-@pytest.mark.parametrize("structure", ["full", "kronecker"])
+@pytest.mark.parametrize("structure", ["full", "kronecker", "channels"])
 @pytest.mark.parametrize("rule", ["dbp", "power"])
 def test_moving_R_takes_the_flops_that_are_counted(rule: str, structure: str, rows: int) -> None:
     """Torch counts products only: inverses and eigenvalues are left out on both sides."""

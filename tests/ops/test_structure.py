@@ -43,10 +43,13 @@ def factors_of(layout: Layout, seed: int = 0) -> list[torch.Tensor]:
 def dense_of_group(factors: list[torch.Tensor], layout: Layout, group: int) -> torch.Tensor:
     """Return R of one group as one matrix over its channel-major features."""
     blocks = range(group * layout.blocks, (group + 1) * layout.blocks)
-    return reference.dense([factors[0][block] for block in blocks], factors[1][group] if layout.paired else None)
+    taps = None
+    if layout.paired:
+        taps = factors[1][group] if layout.mixes_taps else torch.eye(layout.taps, dtype=torch.float64)
+    return reference.dense([factors[0][block] for block in blocks], taps)
 
 
-structures = st.sampled_from(["auto", "full", "kronecker", "block"])
+structures = st.sampled_from(["auto", "full", "kronecker", "channels", "block"])
 
 
 @given(layer_cases(), structures, st.integers(1, 12))

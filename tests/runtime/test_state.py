@@ -81,6 +81,8 @@ def test_a_step_never_waits_for_the_device(rule: str, structure: str) -> None:
 def test_moves_do_not_keep_in_step_with_a_cycle_of_the_loop(update_every: int) -> None:
     """A layer that is used at every other step, or an optimizer that wraps another, must not fall between the moves."""
     model = two_layers(update_every=update_every)
+    for site in sites_of(model):
+        site.attempts = update_every**2  # past the first steps, at which R moves more often
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(80):
         one_step(model, torch.randn(9, 5))
@@ -154,15 +156,15 @@ def test_a_forward_on_the_meta_device() -> None:
     assert model(torch.randn(3, 5, device="meta")).shape == (3, 4)
 
 
-def test_update_every_moves_R_at_one_of_three_steps_and_first_at_once() -> None:
+def test_update_every_moves_R_at_one_of_three_steps_and_at_each_of_the_first() -> None:
     model = two_layers(update_every=3)
     taken = []
     for _ in range(30):
         one_step(model, torch.randn(9, 5))
         taken.append(decorr_fx.stats(model)[0].steps)
     moved = [step for step, (before, after) in enumerate(zip([0, *taken], taken, strict=False)) if after > before]
-    assert moved == [step for step in range(30) if step * GOLDEN % 1 < 1 / 3]
-    assert moved[:2] == [0, 2] and len(moved) == 11
+    assert moved == [step for step in range(30) if step * GOLDEN % 1 < 1 / min(3, 1 + step // 3)]
+    assert moved[:3] == [0, 1, 2] and len([step for step in moved if step >= 6]) == 8
 
 
 def test_rows_are_recorded_only_where_R_moves_at_the_coming_step() -> None:
@@ -172,7 +174,7 @@ def test_rows_are_recorded_only_where_R_moves_at_the_coming_step() -> None:
         model(torch.randn(9, 5))
         seen.append(int(model[0].weight_decorr.seen))
         decorr_fx.step(model)
-    assert seen == [9, 0, 9, 0]
+    assert seen == [9, 9, 9, 0]
 
 
 def test_decor_lr_may_depend_on_the_step() -> None:
