@@ -1,14 +1,23 @@
 """The settings of decorrelation: one frozen record that checks itself."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from decorr_fx.errors import ConfigError
 
 RuleName = Literal["dbp", "dbp-normalized", "crgd", "power"]
 StructureName = Literal["auto", "full", "kronecker", "channels", "block"]
+
+
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "rule": "dbp", "structure": "full", "decor_lr": 1e-4, "kappa": 0.01, "sample_fraction": 0.1,
+        "max_samples": 4096, "update_every": 1, "preserve_function": False,
+    },
+    "dbp": {"rule": "dbp", "decor_lr": 0.16, "update_every": 8},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +89,21 @@ class DecorrConfig:
         for name in ("center", "preserve_function", "share_inputs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use True or False")
+
+    @classmethod
+    def recipe(cls, name: str) -> "DecorrConfig":
+        """Return settings known by a name; `dataclasses.replace` changes some of them.
+
+        `paper`: close to what decorrelated backpropagation was published with (arXiv 2405.02385): a full R, moved by
+        small steps after each step of the optimizer, which changes the function. `dbp`: the same rule with this
+        library's structures, larger steps, and weights that follow.
+
+        Raises:
+            ConfigError: there is no such recipe.
+        """
+        if name not in RECIPES:
+            raise ConfigError(f"there is no recipe {name!r}; use one of {', '.join(RECIPES)}")
+        return cls(**RECIPES[name])
 
     def lr_at(self, step: int) -> float:
         """Return the step size of R at its step number `step`, checked when it comes from a function."""

@@ -15,7 +15,7 @@ from decorr_fx.passes.choose import Settings
 from decorr_fx.passes.example import Example
 from decorr_fx.passes.insert import InsertDecorrelation
 from decorr_fx.passes.plan import make_plan
-from decorr_fx.runtime.state import Site, sites_of
+from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
 
 
 class MeasuredSite(Site):
@@ -55,11 +55,20 @@ def measure_works(model: nn.Module, settings: Settings, example: Example) -> dic
         except Exception as error:  # whatever the user's code makes of the inputs
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ModelError(f"the model does not run on example_inputs in train mode: {problem}") from error
+        finally:
+            _retire(sites)
     measured = [site for site in sites if isinstance(site, MeasuredSite) and site.seen_rows]
     return {
         site.spec.fqn: Work(_at_reference(site.seen_rows, example), _at_reference(site.seen_inputs, example))
         for site in measured
     }
+
+
+def _retire(sites: Sequence[Site]) -> None:
+    """Let no optimizer see the sites, and give back their memory: the copy is a cycle, and lives until it is found."""
+    for site in sites:
+        LIVE_SITES.discard(site)
+        site.to("meta")
 
 
 def _at_reference(count: int, example: Example) -> int:

@@ -1,11 +1,14 @@
 """With example inputs the structure is chosen by the rows of one example, and by nothing else of them."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 
 import decorr_fx
 from decorr_fx import ConfigError, DecorrConfig, ModelError
+from decorr_fx.runtime.state import LIVE_SITES, sites_of
 
 
 def small_images() -> nn.Module:
@@ -86,3 +89,17 @@ def test_shared_inputs_count_once_and_shared_layers_each_time() -> None:
     model = decorr_fx.transform(Shared(), example_inputs=torch.randn(2, 10, 16))
     rows = {site.spec.fqn: site.spec.work.rows for site in decorr_fx.runtime.state.sites_of(model)}
     assert rows == {"q": 1280, "twice": 2560}
+
+
+def test_no_optimizer_meets_the_copy_that_was_measured() -> None:
+    gc.collect()
+    gc.disable()  # the copy is a cycle: it must be out of the way before it is found
+    try:
+        before = set(LIVE_SITES)
+        model = decorr_fx.transform(small_images(), example_inputs=torch.randn(2, 3, 8, 8))
+        assert set(LIVE_SITES) - before == set(sites_of(model))
+        with pytest.raises(ModelError, match="does not run"):
+            decorr_fx.transform(small_images(), example_inputs=torch.randn(2, 4, 8, 8))
+        assert set(LIVE_SITES) - before == set(sites_of(model))
+    finally:
+        gc.enable()
