@@ -37,7 +37,7 @@ class DecorrConfig:
             gives a layer, `transform` learns from its `example_inputs`; without them, 4096 rows a step are assumed.
         decor_lr: step size of R (eps), or a function from the number of the optimizer's steps so far to it. A step is
             shortened where it would be unstable, so that a large value is safe. For the rule `power` it is the rate at
-            which running moments follow new ones.
+            which running moments follow new ones, after as many first steps as make it their plain mean; 0: always.
         kappa: weight of the variance error against the correlation, in [0, 1]. 0 decorrelates only, 1 normalises only.
             `crgd` and `power` have no such trade-off and ignore it.
         sample_fraction: part of the rows of each forward that is recorded, in (0, 1].

@@ -252,7 +252,7 @@ def test_lora_of_peft_trains_its_own_R_and_folds_and_merges(make: Callable[[], n
     slopes = torch.linspace(0, 1, 16)  # a norm at the end leaves no gradient for the plain sum of squares
     train(model, lambda: model(input_ids=ids).last_hidden_state * slopes)
     for site, counts in zip(sites_of(model), decorr_fx.stats(model), strict=True):
-        assert moved(site) == (counts.steps == 1) == ("lora_" in counts.fqn)
+        assert moved(site) == (counts.steps > 0) == ("lora_" in counts.fqn)
     expected = model.eval()(input_ids=ids).last_hidden_state
     folded = decorr_fx.fold(model)
     assert [type(m) for m in folded.modules()] == [type(m) for m in plain.modules()]

@@ -69,7 +69,7 @@ def test_a_run_leaves_its_four_files_and_a_table(tmp_path: Path, capsys: pytest.
 
 def test_with_R_kept_still_both_methods_are_one_and_the_same(tmp_path: Path) -> None:
     """The comparison is fair: same weights, same batches, same order; only R makes a difference."""
-    lines = run(tmp_path, "--decor-lr", "0", "--evaluations", "5", "--model", "mlp")
+    lines = run(tmp_path, "--rule", "dbp", "--decor-lr", "0", "--evaluations", "5", "--model", "mlp")
     by_method = [
         [e["val_loss"] for e in lines if e["kind"] == "evaluation" and e["method"] == m] for m in ("bp", "decorr")
     ]
