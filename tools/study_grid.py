@@ -121,12 +121,15 @@ def _study(name: str, whole: Mapping[str, Any]) -> Study:
             DecorrConfig(**settings)
         except (ConfigError, TypeError) as error:
             raise UsageError(f"method {method!r}: {error}") from None
-    seeds = _numbers(whole, "seeds", int, [0])
+    seeds = _numbers({"seeds": whole.get("seeds", [0])}, "seeds", int, None)
+    evaluations = _numbers({"evaluations": [whole.get("evaluations", 20)]}, "evaluations", int, None)[0]
+    if evaluations == 0:
+        raise UsageError("evaluations is 0; use at least 1")
     return Study(
         name,
         tuple(_numbers(whole, "tune", int, seeds)),
         tuple(seeds),
-        _numbers({"evaluations": [whole.get("evaluations", 20)]}, "evaluations", int, [])[0],
+        evaluations,
         methods,
         tuple(_block(block, methods) for block in _typed(whole, "grid", list, [])),
     )

@@ -5,7 +5,7 @@
 
 Each factor of R has a Sigma of its own, of the rows of its own mode of x. p = 1/2 would be whitening; a step of W is
 preconditioned by R^T R, which goes with twice the power. The gain keeps the inputs of the weights as large as they
-were, and with that the learning rate that suits them. Weights that follow take `W <- W R_old R_new^-1`, as in natural
+were. Weights that follow take `W <- W R_old R_new^-1`, as in natural
 neural networks (arXiv 1507.00210), where p is 1/2.
 """
 

@@ -86,6 +86,8 @@ def test_a_run_depends_on_what_names_it_alone() -> None:
         ("[0.01, 0.1]", "[0.01, -0.1]", "lr has -0.1"),
         ("[0.01, 0.1]", "[]", "lr is"),
         ("[0, 1]", "[0.5]", "seeds has 0.5"),
+        ("seeds = [0, 1]", "seeds = []", "seeds is"),
+        ("evaluations = 4", "evaluations = 0", "evaluations is 0"),
         ("tune = [0]", "tunes = [0]", "no key 'tunes'"),
         ("tune = [0]", "tune = [0", "cannot be read"),
     ],
