@@ -116,7 +116,8 @@ def _shift(site: Site, index: int, mean: Tensor) -> Tensor:
 
 def _commit(sites: Sequence[Site], updates: list[Update], step: Step, recorded: Tensor) -> None:
     # a sum is finite if what it adds up is: numbers near the largest one of a type are as good as infinite
-    finite = torch.stack([torch.stack([new.sum() for new in update.new]).isfinite() for update in updates]).all(0)
+    sums = torch.stack([new.sum() for update in updates for new in update.new])
+    finite = sums.isfinite().reshape(len(updates), -1).all(0)
     accepted = recorded & finite
     losses = torch.stack([step.correlation(len(sites)), step.variance_error(len(sites))], 1)
     for i, site in enumerate(sites):
