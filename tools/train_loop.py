@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from muon import Muon
+from soap import soap
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -25,7 +26,7 @@ from train_settings import Settings
 TURN = 8  # steps that a contender takes before the next one's turn
 EVALUATION_BATCH = 512
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "soap": soap}
 
 
 @dataclass(frozen=True)

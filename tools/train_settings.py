@@ -127,7 +127,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=positive_int, default=argparse.SUPPRESS,
                        help="passes over the training set; if not given, 30 for digits, else 2")  # fmt: skip
     group.add_argument("--batch-size", type=positive_int, default=64, help="images a step")
-    group.add_argument("--optimizer", choices=("sgd", "adam", "adamw", "muon"), default="adam",
+    group.add_argument("--optimizer", choices=("sgd", "adam", "adamw", "muon", "soap"), default="adam",
                        help="sgd has momentum 0.9; muon leaves what is no matrix to AdamW")  # fmt: skip
     group.add_argument("--lr", type=positive, default=1e-3, help="learning rate at the start; falls linearly to 0")
     group.add_argument("--weight-decay", type=_weight_decay, default=argparse.SUPPRESS,

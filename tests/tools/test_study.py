@@ -183,3 +183,8 @@ def test_muon_steps_convolutions_as_matrices_and_vectors_by_adamw() -> None:
             optimizer.step()
     torch.testing.assert_close(conv.weight.flatten(1), matrix)
     torch.testing.assert_close(conv.bias, bias)
+
+
+def test_soap_learns_with_decorrelation() -> None:
+    line = perform(Run("digits", "soap", "power", 3e-3, 0, 4, {"rule": "power"}))
+    assert line["diverged"] is None and line["test"][1] > 0.85
