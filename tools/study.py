@@ -22,6 +22,7 @@ from study_report import draw, markdown_table, milliseconds_of, timing_line
 from study_run import Results
 from study_summary import summarise
 from study_time import step_milliseconds
+from study_workloads import WORKLOADS
 from train_settings import UsageError
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_study(study: Study, results: Results, jobs: int) -> None:
     """Run what is not in the results: first the seeds that learning rates are chosen on, then the others."""
+    for check in {WORKLOADS[run.workload].data.check for run in study.tuning_runs()}:
+        check()
     _perform(study.tuning_runs(), results, jobs)
     _perform(study.final_runs(chosen_rates(results, study)), results, jobs)
     timed = milliseconds_of(results.lines)

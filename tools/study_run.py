@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 from collections.abc import Collection, Mapping
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,7 @@ def _transformed(model: nn.Module, run: Run) -> nn.Module:
     if run.method == PLAIN:
         return model
     workload = WORKLOADS[run.workload]
-    images, _ = next(workload.load(run.seed).training_batches(2, run.seed, CPU))
+    images, _ = next(workload.data.load(run.seed).training_batches(2, run.seed, CPU))
     return decorr_fx.transform(model, decorr_fx.DecorrConfig(**run.config), example_inputs=images)
 
 
@@ -50,7 +51,7 @@ def perform(run: Run) -> dict[str, Any]:
         `diverged`: the step where numbers were no longer finite, else None; `test` (loss, accuracy), None then.
     """
     workload = WORKLOADS[run.workload]
-    source, contender = workload.load(run.seed), contender_of(run, workload.steps)
+    source, contender = workload.data.load(run.seed), contender_of(run, workload.steps)
     finite = _train(contender, source, workload, run)
     test = score_of(contender.model, source.batches("test", EVALUATION_BATCH, CPU)) if finite else None
     return {
@@ -63,6 +64,7 @@ def perform(run: Run) -> dict[str, Any]:
         "test": test and [test.loss, test.accuracy],
         "seconds": contender.seconds,
         "torch": torch.__version__,
+        "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
 

@@ -29,7 +29,7 @@ def step_milliseconds(runs: Sequence[Run]) -> dict[str, float]:
 def _race(runs: Sequence[Run]) -> dict[str, float]:
     workload = WORKLOADS[runs[0].workload]
     contenders = [contender_of(run, TURN * (TURNS + 1)) for run in runs]
-    stream = workload.load(runs[0].seed).training_batches(workload.batch_size, runs[0].seed, CPU)
+    stream = workload.data.load(runs[0].seed).training_batches(workload.batch_size, runs[0].seed, CPU)
     times: dict[str, list[float]] = {run.method: [] for run in runs}
     for turn in range(TURNS + 1):
         batches = list(islice(stream, TURN))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from train_data import Batch, Split
 from train_models import Block, build_model
-from train_settings import parse_settings
-from train_sources import load_data
+from train_settings import Settings, parse_settings
+from train_sources import check_fashion_mnist, load_data
 
 CONTEXT = 64  # characters
 SHAPE, CLASSES = (1, 28, 28), 10  # of Fashion-MNIST
@@ -34,15 +34,23 @@ class Workload:
 
     Attributes:
         build: returns a new model, with weights from torch's random generator.
-        load: returns the data, split by a seed.
+        data: what it is trained on.
         steps: the budget.
         batch_size: examples in a step.
     """
 
     build: Callable[[], nn.Module]
-    load: Callable[[int], Source]
+    data: "Dataset"
     steps: int
     batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where data come from: `load` returns them, split by a seed; `check` raises UsageError where they are others."""
+
+    load: Callable[[int], Source]
+    check: Callable[[], None] = lambda: None
 
 
 class Text:
@@ -125,7 +133,15 @@ def wide_mlp() -> nn.Module:
 
 
 def _fashion(seed: int) -> Source:
-    return load_data(parse_settings(["--data", "fashion-mnist", "--seed", str(seed)]))
+    return load_data(_fashion_settings(seed))
+
+
+def _check_fashion() -> None:
+    check_fashion_mnist(_fashion_settings(0))
+
+
+def _fashion_settings(seed: int) -> Settings:
+    return parse_settings(["--data", "fashion-mnist", "--seed", str(seed)])
 
 
 def _digits(seed: int) -> Source:
@@ -140,12 +156,13 @@ def _character_model() -> nn.Module:
     return CharacterModel(len(Text().characters))
 
 
+DIGITS, TEXT, FASHION = Dataset(_digits), Dataset(_text), Dataset(_fashion, _check_fashion)
 WORKLOADS: Mapping[str, Workload] = {
-    "digits": Workload(partial(build_model, "mlp", (1, 8, 8), CLASSES, 2), _digits, 80),
-    "cnn": Workload(partial(build_model, "cnn", SHAPE, CLASSES, 2), _fashion, 400),
-    "cnn-bn": Workload(partial(build_model, "cnn", SHAPE, CLASSES, 2, batch_norm=True), _fashion, 400),
-    "mlp": Workload(wide_mlp, _fashion, 600),
-    "vit": Workload(partial(build_model, "vit", SHAPE, CLASSES, 2), _fashion, 400),
-    "resnet": Workload(narrow_resnet, _fashion, 400),
-    "text": Workload(_character_model, _text, 400, batch_size=32),
+    "digits": Workload(partial(build_model, "mlp", (1, 8, 8), CLASSES, 2), DIGITS, 80),
+    "cnn": Workload(partial(build_model, "cnn", SHAPE, CLASSES, 2), FASHION, 400),
+    "cnn-bn": Workload(partial(build_model, "cnn", SHAPE, CLASSES, 2, batch_norm=True), FASHION, 400),
+    "mlp": Workload(wide_mlp, FASHION, 600),
+    "vit": Workload(partial(build_model, "vit", SHAPE, CLASSES, 2), FASHION, 400),
+    "resnet": Workload(narrow_resnet, FASHION, 400),
+    "text": Workload(_character_model, TEXT, 400, batch_size=32),
 }

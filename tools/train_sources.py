@@ -20,6 +20,10 @@ from train_data import Data, channel_moments, held_out
 from train_settings import Settings, UsageError, first_line
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST_CRC32 = {
+    "train": (0xAE65DCCD, 0xAB93C456),
+    "t10k": (0x12728439, 0x573905E5),
+}  # of images and labels, as published
 MOMENT_IMAGES = 512  # images of a folder that its mean and standard deviation are taken from
 # what the reader makes of a file that is not what its name says
 DAMAGED = (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AssertionError, RuntimeError)
@@ -37,9 +41,21 @@ def _digits(settings: Settings) -> Data:
     return _in_memory((images[rest], labels[rest]), (images[test], labels[test]), settings.seed)
 
 
-def _fashion_mnist(settings: Settings) -> Data:
+def check_fashion_mnist(settings: Settings) -> None:
+    """Raise UsageError where the files are not Fashion-MNIST as it was published, so that results can be compared."""
+    folder = _fashion_mnist_folder(settings)
+    for part, published in FASHION_MNIST_CRC32.items():
+        if tuple(zlib.crc32(tensor.numpy().tobytes()) for tensor in _idx_pair(folder, part)) != published:
+            raise UsageError(f"{folder}: the {part} images are not Fashion-MNIST as published; get the data set again")
+
+
+def _fashion_mnist_folder(settings: Settings) -> Path:
     default = DEBIAN_FASHION_MNIST if DEBIAN_FASHION_MNIST.is_dir() else Path("data")
-    folder = settings.data_dir or default
+    return settings.data_dir or default
+
+
+def _fashion_mnist(settings: Settings) -> Data:
+    folder = _fashion_mnist_folder(settings)
     if settings.download and _find_idx(folder, "t10k-labels-idx1-ubyte") is None:
         try:
             FashionMNIST(str(folder), download=True)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_sources
 from muon import Muon
 from study import main
 from study_grid import Run, read_study
@@ -101,6 +102,16 @@ def test_a_wrong_file_is_told_in_a_line(grid: Path, old: str, new: str, told: st
 def test_files_that_are_missing_or_damaged_end_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.toml")]) == 2
     assert "none.toml cannot be read" in capsys.readouterr().err
+
+
+def test_a_study_is_not_run_on_other_images(
+    fashion: Path, grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_sources, "DEBIAN_FASHION_MNIST", fashion)
+    grid.write_text(GRID.replace("digits", "cnn"))
+    assert main([str(grid), "--out", str(grid.parent)]) == 2
+    assert "the train images are not Fashion-MNIST as published" in capsys.readouterr().err
+    assert not (grid.parent / "study-small.jsonl").exists()
 
 
 def test_the_committed_studies_can_be_read() -> None:
