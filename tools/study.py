@@ -74,6 +74,8 @@ def chosen_rates(results: Results, study: Study) -> dict[tuple[str, str, str], l
 def tell(study: Study, results: Results, out: Path) -> None:
     """Print the table, and draw the picture."""
     summaries = summarise(results.lines)
+    if not summaries:
+        raise UsageError(f"{results.path} has no run of the plain method: run the study without --table first")
     print(markdown_table(summaries, milliseconds_of(results.lines)))
     draw(out / f"study-{study.name}.png", summaries)
 

@@ -27,17 +27,24 @@ def markdown_table(summaries: Sequence[Summary], milliseconds: Milliseconds) -> 
 
 
 def _row(summary: Summary, milliseconds: Mapping[str, float]) -> list[str]:
-    steps = [_steps(*pair) for pair in zip(summary.steps, summary.ratios, strict=True)]
+    steps = [_steps(summary, summary.best, target) for target in summary.targets]
     return [
         summary.workload, summary.optimizer, summary.method, f"{summary.best.lr:g} ({summary.rates})", *steps,
         _seconds(summary, milliseconds), _accuracy(summary.best), _at_plain_rate(summary),
     ]  # fmt: skip
 
 
-def _steps(steps: float | None, ratio: float | None) -> str:
-    if steps is None:
+def _steps(summary: Summary, tried: Tried, target: float) -> str:
+    """Return mean and standard deviation over seeds of the steps to a target, and the ratio to the plain method's."""
+    steps, ratio = tried.steps_of_seeds(target), summary.ratio(tried, target)
+    if not steps:
         return "not reached"
-    return f"{steps:.0f}" if ratio is None else f"{steps:.0f} ({ratio:.2f})"
+    return _mean(steps, 0) if ratio is None else f"{_mean(steps, 0)}: {ratio:.2f}"
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def _seconds(summary: Summary, milliseconds: Mapping[str, float]) -> str:
@@ -46,24 +53,21 @@ def _seconds(summary: Summary, milliseconds: Mapping[str, float]) -> str:
     steps, ratio = summary.steps[0], summary.ratios[0]
     if own is None or plain is None or steps is None or ratio is None:
         return "-"
-    return f"{steps * own / 1000:.1f} ({ratio * own / plain:.2f})"
+    return f"{steps * own / 1000:.1f}: {ratio * own / plain:.2f}"
 
 
 def _accuracy(tried: Tried) -> str:
     """Return mean and standard deviation of the test accuracy over seeds."""
     if not tried.tests:
         return "diverged"
-    mean = 100 * statistics.mean(tried.tests)
-    spread = f" ({100 * statistics.stdev(tried.tests):.1f})" if len(tried.tests) > 1 else ""
     lost = f", {tried.diverged} diverged" if tried.diverged else ""
-    return f"{mean:.1f}{spread}, n={len(tried.tests)}{lost}"
+    return f"{_mean([100 * test for test in tried.tests], 1)}, n={len(tried.tests)}{lost}"
 
 
 def _at_plain_rate(summary: Summary) -> str:
     if summary.method == PLAIN or summary.at_plain_rate is None:
         return "-"
-    steps = summary.at_plain_rate.steps_to(summary.targets[0])
-    return _steps(steps, None)
+    return _steps(summary, summary.at_plain_rate, summary.targets[0])
 
 
 def draw(path: Path, summaries: Sequence[Summary]) -> None:

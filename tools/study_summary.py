@@ -40,9 +40,14 @@ class Tried:
 
     def steps_to(self, accuracy: float) -> float | None:
         """Return the mean over seeds of the steps to an accuracy, or None where one does not reach it."""
+        steps = self.steps_of_seeds(accuracy)
+        return statistics.mean(steps) if steps else None
+
+    def steps_of_seeds(self, accuracy: float) -> list[float]:
+        """Return the steps of each seed to an accuracy; none where one does not reach it."""
         steps = [steps_to(history, accuracy) for history in self.histories]
         reached = [step for step in steps if step is not None]
-        return statistics.mean(reached) if len(reached) == len(steps) else None
+        return reached if len(reached) == len(steps) else []
 
 
 def steps_to(history: History, accuracy: float) -> float | None:
@@ -63,21 +68,35 @@ class Summary:
 
     Attributes:
         best: its own best learning rate.
-        at_plain_rate: the same at the plain method's rate, or None where that was not run.
+        plain: the plain method's best learning rate.
+        at_plain_rate: this method at that rate, or None where that was not run.
         rates: how many learning rates were tried.
-        steps: to each target, with the best rate; None where it is not reached.
-        ratios: the same over the steps of the plain method.
+        targets: validation accuracies.
     """
 
     workload: str
     optimizer: str
     method: str
     best: Tried
+    plain: Tried
     at_plain_rate: Tried | None
     rates: int
     targets: Sequence[float]
-    steps: Sequence[float | None]
-    ratios: Sequence[float | None]
+
+    @property
+    def steps(self) -> list[float | None]:
+        """The steps to each target with the best rate, or None where it is not reached."""
+        return [self.best.steps_to(target) for target in self.targets]
+
+    @property
+    def ratios(self) -> list[float | None]:
+        """The same over the steps of the plain method."""
+        return [self.ratio(self.best, target) for target in self.targets]
+
+    def ratio(self, tried: Tried, target: float) -> float | None:
+        """Return the steps to a target over those of the plain method, or None where one does not reach it."""
+        own, plain = tried.steps_to(target), self.plain.steps_to(target)
+        return None if own is None or plain is None else own / plain
 
 
 def summarise(lines: Iterable[Mapping[str, Any]]) -> list[Summary]:
@@ -90,15 +109,12 @@ def summarise(lines: Iterable[Mapping[str, Any]]) -> list[Summary]:
             continue  # nothing to compare with
         targets = [max(t.accuracy_at(part) for t in on_all_seeds(plain)) for part in PARTS]
         best = best_of(on_all_seeds(plain), targets[0])
-        of_plain = [best.steps_to(target) for target in targets]
         methods = [method for w, o, method in tried if (w, o) == (workload, optimizer)]
         for method in sorted(methods, key=lambda name: name != PLAIN):
             rates = tried[workload, optimizer, method]
             own = best_of(on_all_seeds(rates), targets[0])
-            steps = [own.steps_to(target) for target in targets]
             same = next((t for t in rates if t.lr == best.lr), None)
-            ratios = [None if a is None or b is None else a / b for a, b in zip(steps, of_plain, strict=True)]
-            found.append(Summary(workload, optimizer, method, own, same, len(rates), targets, steps, ratios))
+            found.append(Summary(workload, optimizer, method, own, best, same, len(rates), targets))
     return found
 
 

@@ -104,6 +104,11 @@ def test_files_that_are_missing_or_damaged_end_in_a_line(tmp_path: Path, capsys:
     assert "none.toml cannot be read" in capsys.readouterr().err
 
 
+def test_a_table_of_nothing_is_told_in_a_line(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(grid), "--table", "--out", str(tmp_path)]) == 2
+    assert "run the study without --table first" in capsys.readouterr().err
+
+
 def test_a_study_is_not_run_on_other_images(
     fashion: Path, grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
