@@ -1,6 +1,9 @@
 import json
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import train_sources
@@ -13,6 +16,7 @@ from study_workloads import CONTEXT, WORKLOADS, Text
 from torch import nn
 from train_settings import UsageError
 
+TOOLS = Path(train_sources.__file__).parent
 GRID = """
 tune = [0]
 seeds = [0, 1]
@@ -58,6 +62,18 @@ def test_a_study_tunes_on_one_seed_runs_the_others_and_goes_on_where_it_was(
 
     assert main([str(grid), "--out", str(tmp_path), "--table"]) == 0
     assert path.read_text().splitlines() == again
+
+
+def test_runs_end_with_a_study_that_is_killed(grid: Path, tmp_path: Path) -> None:
+    grid.write_text(GRID.replace("digits", "text"))  # whose runs take a minute
+    study = psutil.Popen([sys.executable, TOOLS / "study.py", grid, "--out", tmp_path, "--jobs", "2"])
+    while len([child for child in study.children() if "spawn_main" in " ".join(child.cmdline())]) < 2:
+        assert study.poll() is None
+        time.sleep(0.1)
+    runs = study.children()
+    time.sleep(5)  # until they train
+    study.kill()
+    assert not psutil.wait_procs([study, *runs], timeout=10)[1]
 
 
 def test_a_run_that_diverges_is_recorded_and_chosen_by_nobody() -> None:
@@ -120,7 +136,7 @@ def test_a_study_is_not_run_on_other_images(
 
 
 def test_the_committed_studies_can_be_read() -> None:
-    for path in (Path(__file__).parents[2] / "tools" / "studies").glob("*.toml"):
+    for path in (TOOLS / "studies").glob("*.toml"):
         assert read_study(path).tuning_runs()
 
 
