@@ -28,8 +28,10 @@ class Muon(Optimizer):
         self._inner += [AdamW(others, weight_decay=weight_decay)] if others else []
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Take one step."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; return what `closure` returns, which computes the gradients anew."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         for p, matrix in self._matrices:
             matrix.data = p.detach().flatten(1)  # a view, of wherever p is now
             grad: Tensor | None = p.grad
@@ -38,3 +40,4 @@ class Muon(Optimizer):
             for group in optimizer.param_groups:
                 group["lr"] = self.param_groups[0]["lr"]
             optimizer.step()
+        return loss

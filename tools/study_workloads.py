@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from train_data import Batch, Split
-from train_models import Block, build_model
+from train_models import Block, VisionTransformer, build_model
 from train_settings import Settings, parse_settings
 from train_sources import check_fashion_mnist, load_data
 
@@ -162,7 +162,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "cnn": Workload(partial(build_model, "cnn", SHAPE, CLASSES, 2), FASHION, 400),
     "cnn-bn": Workload(partial(build_model, "cnn", SHAPE, CLASSES, 2, batch_norm=True), FASHION, 400),
     "mlp": Workload(wide_mlp, FASHION, 600),
-    "vit": Workload(partial(build_model, "vit", SHAPE, CLASSES, 2), FASHION, 400),
+    "vit": Workload(partial(VisionTransformer, SHAPE, CLASSES, patch=7), FASHION, 400),
     "resnet": Workload(narrow_resnet, FASHION, 400),
     "text": Workload(_character_model, TEXT, 400, batch_size=32),
 }

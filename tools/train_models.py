@@ -117,12 +117,11 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches, learned positions, three blocks, the mean over tokens and a linear."""
+    """Square patches of so many pixels a side, learned positions, three blocks, the mean over tokens and a linear."""
 
-    def __init__(self, shape: Shape, classes: int, dim: int = 64, heads: int = 4, depth: int = 3) -> None:
+    def __init__(self, shape: Shape, classes: int, patch: int, dim: int = 64, heads: int = 4, depth: int = 3) -> None:
         super().__init__()
         channels, height, width = shape
-        patch = patch_size(height, width)
         self.embed = nn.Conv2d(channels, dim, patch, stride=patch)
         self.position = nn.Parameter(0.02 * torch.randn(height // patch * (width // patch), dim))
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
@@ -145,7 +144,7 @@ def patch_size(height: int, width: int) -> int:
 
 def vit(shape: Shape, classes: int, batch_norm: bool) -> nn.Module:
     """A small vision transformer; it has LayerNorm, so that `batch_norm` does not concern it."""
-    return VisionTransformer(shape, classes)
+    return VisionTransformer(shape, classes, patch_size(*shape[1:]))
 
 
 OWN: dict[str, Callable[[Shape, int, bool], nn.Module]] = {"cnn": cnn, "mlp": mlp, "vit": vit}

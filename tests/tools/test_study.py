@@ -215,6 +215,16 @@ def test_muon_steps_convolutions_as_matrices_and_vectors_by_adamw() -> None:
             optimizer.step()
     torch.testing.assert_close(conv.weight.flatten(1), matrix)
     torch.testing.assert_close(conv.bias, bias)
+    before = conv.weight.detach().clone()
+    x = torch.randn(1, 3, 4, 4)
+
+    def closure() -> torch.Tensor:
+        ours.zero_grad()
+        loss = conv(x).square().sum()
+        loss.backward()
+        return loss
+
+    assert ours.step(closure) > 0 and not torch.equal(conv.weight, before)
 
 
 def test_soap_learns_with_decorrelation() -> None:
