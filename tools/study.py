@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from study_grid import PLAIN, Run, Study, read_study
 from study_pool import perform_all
-from study_report import draw, markdown_table, milliseconds_of, timing_line
+from study_report import draw, goal_table, markdown_table, milliseconds_of, timing_line
 from study_run import Results
 from study_summary import summarise
 from study_time import step_milliseconds
@@ -58,10 +58,10 @@ def run_study(study: Study, results: Results, jobs: int) -> None:
     _perform(study.tuning_runs(), results, jobs)
     _perform(study.final_runs(chosen_rates(results, study)), results, jobs)
     timed = milliseconds_of(results.lines)
-    for workload, optimizer, methods in study.races():
-        if set(timed.get((workload, optimizer), ())) != set(methods):
-            runs = [study.run(workload, optimizer, method, TIMING_RATE, study.seeds[0]) for method in methods]
-            results.append(timing_line(workload, optimizer, step_milliseconds(runs)))
+    for workload, pairs in study.races().items():
+        if set(timed.get(workload, ())) != set(pairs):
+            runs = [study.run(workload, *pair, TIMING_RATE, study.seeds[0]) for pair in pairs]
+            results.append(timing_line(workload, dict(zip(pairs, step_milliseconds(runs), strict=True))))
 
 
 def chosen_rates(results: Results, study: Study) -> dict[tuple[str, str, str], list[float]]:
@@ -76,7 +76,8 @@ def tell(study: Study, results: Results, out: Path) -> None:
     summaries = summarise(results.lines)
     if not summaries:
         raise UsageError(f"{results.path} has no run of the plain method: run the study without --table first")
-    print(markdown_table(summaries, milliseconds_of(results.lines)))
+    milliseconds = milliseconds_of(results.lines)
+    print(markdown_table(summaries, milliseconds), goal_table(summaries, milliseconds), sep="\n\n")
     draw(out / f"study-{study.name}.png", summaries)
 
 

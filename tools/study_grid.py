@@ -15,6 +15,7 @@ lr = [1e-3, 3e-3, 1e-2]
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,13 @@ class Study:
         seeds = [seed for seed in self.seeds if seed not in self.tune]
         return [self.run(*key, lr, seed) for key, rates in chosen.items() for lr in rates for seed in seeds]
 
-    def races(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """Return (workload, optimizer, methods) of what is timed side by side."""
-        return [(w, o, block.methods) for block in self.blocks for w in block.workloads for o in block.optimizers]
+    def races(self) -> dict[str, list[tuple[str, str]]]:
+        """Return of each workload the (optimizer, method) that are timed side by side."""
+        found: dict[str, list[tuple[str, str]]] = {}
+        for block in self.blocks:
+            for workload in block.workloads:
+                found.setdefault(workload, []).extend(product(block.optimizers, block.methods))
+        return {workload: list(dict.fromkeys(pairs)) for workload, pairs in found.items()}
 
     def run(self, workload: str, optimizer: str, method: str, lr: float, seed: int) -> Run:
         """Return one run of this study."""

@@ -12,7 +12,9 @@ from study_grid import PLAIN
 from study_summary import PARTS, Summary, Tried
 from tabulate import tabulate
 
-Milliseconds = Mapping[tuple[str, str], Mapping[str, float]]  # a step of each method, by (workload, optimizer)
+Milliseconds = Mapping[str, Mapping[tuple[str, str], float]]  # a step of each (optimizer, method), by workload
+
+GOAL = "adam"  # the optimizer whose best accuracy is what all others are compared by
 
 
 def markdown_table(summaries: Sequence[Summary], milliseconds: Milliseconds) -> str:
@@ -22,11 +24,11 @@ def markdown_table(summaries: Sequence[Summary], milliseconds: Milliseconds) -> 
         "workload", "optimizer", "method", "lr (tried)", *targets, "seconds to 100%", "test accuracy (%)",
         "steps to 100% at plain's lr",
     ]  # fmt: skip
-    rows = [_row(summary, milliseconds.get((summary.workload, summary.optimizer), {})) for summary in summaries]
+    rows = [_row(summary, milliseconds.get(summary.workload, {})) for summary in summaries]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def _row(summary: Summary, milliseconds: Mapping[str, float]) -> list[str]:
+def _row(summary: Summary, milliseconds: Mapping[tuple[str, str], float]) -> list[str]:
     steps = [_steps(summary, summary.best, target) for target in summary.targets]
     return [
         summary.workload, summary.optimizer, summary.method, f"{summary.best.lr:g} ({summary.rates})", *steps,
@@ -47,9 +49,9 @@ def _mean(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def _seconds(summary: Summary, milliseconds: Mapping[str, float]) -> str:
+def _seconds(summary: Summary, milliseconds: Mapping[tuple[str, str], float]) -> str:
     """Return the seconds of training to the first target: steps, times what a step costs side by side."""
-    own, plain = milliseconds.get(summary.method), milliseconds.get(PLAIN)
+    own, plain = (milliseconds.get((summary.optimizer, method)) for method in (summary.method, PLAIN))
     steps, ratio = summary.steps[0], summary.ratios[0]
     if own is None or plain is None or steps is None or ratio is None:
         return "-"
@@ -68,6 +70,30 @@ def _at_plain_rate(summary: Summary) -> str:
     if summary.method == PLAIN or summary.at_plain_rate is None:
         return "-"
     return _steps(summary, summary.at_plain_rate, summary.targets[0])
+
+
+def goal_table(summaries: Sequence[Summary], milliseconds: Milliseconds) -> str:
+    """Return steps and seconds of everything to one accuracy a workload: the best of plain backpropagation by GOAL."""
+    goals = {s.workload: s.targets[0] for s in summaries if (s.optimizer, s.method) == (GOAL, PLAIN)}
+    best = {(s.workload, s.optimizer, s.method): s.best for s in summaries}
+    pairs = list(dict.fromkeys((s.optimizer, s.method) for s in summaries))
+    rows = []
+    for workload, goal in goals.items():
+        times = milliseconds.get(workload, {})
+        ways = [_way(best.get((workload, *pair)), goal, times.get(pair)) for pair in pairs]
+        rows.append([f"{workload}, {goal:.1%}", *ways])
+    headers = [optimizer if method == PLAIN else f"{optimizer}, {method}" for optimizer, method in pairs]
+    return tabulate(rows, ["workload, accuracy", *headers], tablefmt="github", disable_numparse=True)
+
+
+def _way(tried: Tried | None, goal: float, milliseconds: float | None) -> str:
+    """Return the steps to an accuracy, and the seconds that they take."""
+    if tried is None:
+        return ""
+    steps = tried.steps_to(goal)
+    if steps is None:
+        return "not reached"
+    return f"{steps:.0f}" if milliseconds is None else f"{steps:.0f}, {steps * milliseconds / 1000:.1f} s"
 
 
 def draw(path: Path, summaries: Sequence[Summary]) -> None:
@@ -106,11 +132,15 @@ def _draw_panel(ax: Axes, summaries: Sequence[Summary]) -> None:
     ax.legend(fontsize="small", loc="lower right")
 
 
-def timing_line(workload: str, optimizer: str, milliseconds: Mapping[str, float]) -> dict[str, Any]:
-    """Return the line of a results file that holds what a step costs."""
-    return {"timing": [workload, optimizer], "milliseconds": dict(milliseconds)}
+def timing_line(workload: str, milliseconds: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+    """Return the line of a results file that holds what a step of each (optimizer, method) costs."""
+    return {"timing": workload, "milliseconds": [[*pair, value] for pair, value in milliseconds.items()]}
 
 
-def milliseconds_of(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
-    """Return what `timing_line` wrote."""
-    return {(line["timing"][0], line["timing"][1]): line["milliseconds"] for line in lines if "timing" in line}
+def milliseconds_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[str, str], float]]:
+    """Return what `timing_line` wrote, of each workload the latest."""
+    return {
+        line["timing"]: {(optimizer, method): value for optimizer, method, value in line["milliseconds"]}
+        for line in lines
+        if "timing" in line
+    }

@@ -13,8 +13,8 @@ TURN = 32  # steps: four moves of R on average
 TURNS = 5  # that are timed, after one that is not
 
 
-def step_milliseconds(runs: Sequence[Run]) -> dict[str, float]:
-    """Return the median over turns of the milliseconds a step of each method, of runs that differ in nothing else.
+def step_milliseconds(runs: Sequence[Run]) -> list[float]:
+    """Return the median over turns of the milliseconds a step of each run; all are of one workload.
 
     Uses one thread, as the runs themselves do.
     """
@@ -26,16 +26,16 @@ def step_milliseconds(runs: Sequence[Run]) -> dict[str, float]:
         torch.set_num_threads(threads)
 
 
-def _race(runs: Sequence[Run]) -> dict[str, float]:
+def _race(runs: Sequence[Run]) -> list[float]:
     workload = WORKLOADS[runs[0].workload]
     contenders = [contender_of(run, TURN * (TURNS + 1)) for run in runs]
     stream = workload.data.load(runs[0].seed).training_batches(workload.batch_size, runs[0].seed, CPU)
-    times: dict[str, list[float]] = {run.method: [] for run in runs}
+    times: list[list[float]] = [[] for _ in runs]
     for turn in range(TURNS + 1):
         batches = list(islice(stream, TURN))
-        for contender in contenders if turn % 2 else contenders[::-1]:
+        for contender, of_contender in list(zip(contenders, times, strict=True))[:: 1 if turn % 2 else -1]:
             before = contender.seconds
             contender.train(batches)
             if turn:
-                times[contender.method].append(1000 * (contender.seconds - before) / TURN)
-    return {method: statistics.median(values) for method, values in times.items()}
+                of_contender.append(1000 * (contender.seconds - before) / TURN)
+    return [statistics.median(values) for values in times]

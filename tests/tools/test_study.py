@@ -2,6 +2,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -10,6 +11,7 @@ import train_sources
 from muon import Muon
 from study import main
 from study_grid import Run, read_study
+from study_report import goal_table
 from study_run import perform
 from study_summary import Tried, steps_to, summarise
 from study_workloads import CONTEXT, WORKLOADS, Text
@@ -50,7 +52,7 @@ def test_a_study_tunes_on_one_seed_runs_the_others_and_goes_on_where_it_was(
     assert [run.seed for run in runs].count(0) == 4
     assert 2 <= [run.seed for run in runs].count(1) <= 3  # the best rate of each, and the plain one's
     assert all(len(line["history"]) == 4 and line["threads"] == 1 for line in lines if "run" in line)
-    assert {name for line in lines for name in line.get("milliseconds", ())} == {"plain", "power"}
+    assert [pair[:2] for line in lines for pair in line.get("milliseconds", ())] == [["sgd", "plain"], ["sgd", "power"]]
     assert (tmp_path / "study-small.png").stat().st_size > 5000
 
     whole = path.read_text()
@@ -148,7 +150,7 @@ def test_steps_to_an_accuracy_are_read_off_the_line_through_the_evaluations() ->
     assert steps_to(history, 0.9) is None
 
 
-def line_of(method: str, lr: float, seed: int, accuracies: list[float]) -> dict[str, object]:
+def line_of(method: str, lr: float, seed: int, accuracies: list[float]) -> dict[str, Any]:
     run = Run("cnn", "adam", method, lr, seed, len(accuracies)).as_json()
     history = [[10 * (i + 1), 1.0, 1.0, accuracy] for i, accuracy in enumerate(accuracies)]
     return {"run": run, "budget": 40, "history": history, "diverged": None, "test": [1.0, accuracies[-1]]}
@@ -230,3 +232,12 @@ def test_muon_steps_convolutions_as_matrices_and_vectors_by_adamw() -> None:
 def test_soap_learns_with_decorrelation() -> None:
     line = perform(Run("digits", "soap", "power", 3e-3, 0, 4, {"rule": "power"}))
     assert line["diverged"] is None and line["test"][1] > 0.85
+
+
+def test_everything_is_compared_by_the_best_of_plain_adam() -> None:
+    lines = [line_of("plain", 0.1, 0, [0.2, 0.4, 0.5, 0.6]), line_of("fast", 0.4, 0, [0.3, 0.6, 0.6, 0.6])]
+    other = line_of("plain", 0.1, 0, [0.1, 0.2, 0.3, 0.5])
+    other["run"] = {**other["run"], "optimizer": "sgd"}
+    table = goal_table(summarise([*lines, other]), {"cnn": {("adam", "plain"): 100.0, ("adam", "fast"): 150.0}})
+    cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    assert cells == ["cnn, 60.0%", "40, 4.0 s", "20, 3.0 s", "not reached"]
