@@ -41,9 +41,11 @@ class DecorrConfig:
         kappa: weight of the variance error against the correlation, in [0, 1]. 0 decorrelates only, 1 normalises only.
             `crgd` and `power` have no such trade-off and ignore it.
         sample_fraction: part of the rows of each forward that is recorded, in (0, 1].
-        power: exponent p of the rule `power`, R = (Sigma + damping)^-p with a gain that keeps the norm of rows, in
-            [0, 0.5]. 0.5 is whitening; the steps of W are preconditioned by R^T R, which goes with 2 p.
+        power: exponent p of the rule `power`, R = c (Sigma + damping)^-p, in [0, 0.5]. 0.5 is whitening; the steps of W
+            are preconditioned by R^T R, which goes with 2 p.
         damping: part of Sigma's mean eigenvalue that the rule `power` adds to all of them.
+        gain: norm of the decorrelated rows over that of the plain ones, by the rule `power`. A step of W goes as far as
+            its inputs are large: half the gain is, for Adam, half the learning rate.
         max_samples: rows that each factor of R steps on. A layer keeps as many samples of its input between two steps
             of R, or fewer where a patch of a convolution gives a Kronecker pair several rows; later ones then replace
             earlier ones.
@@ -66,6 +68,7 @@ class DecorrConfig:
     kappa: float = 0.5
     power: float = 0.25
     damping: float = 0.01
+    gain: float = 0.5
     sample_fraction: float = 1.0
     max_samples: int = 256
     update_every: int = 16
@@ -83,6 +86,7 @@ class DecorrConfig:
         self._between("kappa", 0.0, 1.0)
         self._between("power", 0.0, 0.5)
         self._between("damping", math.ulp(0.0), math.inf)  # above 0: an input that never varies has no root
+        self._between("gain", math.ulp(0.0), math.inf)
         self._between("sample_fraction", math.ulp(0.0), 1.0)  # above 0: no row would ever be recorded
         for name in ("max_samples", "update_every", "max_dim"):
             self._positive_int(name)

@@ -11,12 +11,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from arguments import positive_int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from study_grid import PLAIN, Run, Study, read_study
+from study_grid import Block, Run, Study, read_study
 from study_pool import perform_all
 from study_report import draw, goal_table, markdown_table, milliseconds_of, timing_line
 from study_run import Results
@@ -52,23 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_study(study: Study, results: Results, jobs: int) -> None:
-    """Run what is not in the results: first the seeds that learning rates are chosen on, then the others."""
-    for check in {WORKLOADS[run.workload].data.check for run in study.tuning_runs()}:
+    """Run what is not in the results, one workload and optimizer after the other, and time what there is."""
+    for check in {WORKLOADS[workload].data.check for block in study.blocks for workload in block.workloads}:
         check()
-    _perform(study.tuning_runs(), results, jobs)
-    _perform(study.final_runs(chosen_rates(results, study)), results, jobs)
-    timed = milliseconds_of(results.lines)
-    for workload, pairs in study.races().items():
-        if set(timed.get(workload, ())) != set(pairs):
+    for race in [race for block in study.blocks for race in block.races()]:
+        _perform(study.tuning_runs(race), results, jobs)
+        _perform(study.final_runs(chosen_rates(results, study, race)), results, jobs)
+    times = milliseconds_of(results.lines)
+    for workload, pairs in study.timed().items():
+        if set(times.get(workload, ())) != set(pairs):
             runs = [study.run(workload, *pair, TIMING_RATE, study.seeds[0]) for pair in pairs]
             results.append(timing_line(workload, dict(zip(pairs, step_milliseconds(runs), strict=True))))
 
 
-def chosen_rates(results: Results, study: Study) -> dict[tuple[str, str, str], list[float]]:
+def chosen_rates(results: Results, study: Study, race: Block) -> dict[tuple[str, str, str], list[float]]:
     """Return the learning rates to run on all seeds: of each method its best on the tuning seeds, and plain's."""
-    summaries = summarise(results.on(study.tune))
-    plain = {(s.workload, s.optimizer): s.best.lr for s in summaries if s.method == PLAIN}
-    return {(s.workload, s.optimizer, s.method): sorted({s.best.lr, plain[s.workload, s.optimizer]}) for s in summaries}
+    wanted = list(product(race.workloads, race.optimizers, race.methods))
+    summaries = [s for s in summarise(results.on(study.tune)) if (s.workload, s.optimizer, s.method) in wanted]
+    return {(s.workload, s.optimizer, s.method): sorted({s.best.lr, s.plain.lr}) for s in summaries}
 
 
 def tell(study: Study, results: Results, out: Path) -> None:

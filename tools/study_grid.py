@@ -14,7 +14,7 @@ lr = [1e-3, 3e-3, 1e-2]
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ class Block:
     methods: tuple[str, ...]
     lr: tuple[float, ...]
 
+    def races(self) -> Iterator["Block"]:
+        """Yield the block's parts of one workload and one optimizer."""
+        for workload, optimizer in product(self.workloads, self.optimizers):
+            yield replace(self, workloads=(workload,), optimizers=(optimizer,))
+
 
 @dataclass(frozen=True)
 class Study:
@@ -66,16 +71,21 @@ class Study:
     methods: Mapping[str, Mapping[str, Any]]
     blocks: tuple[Block, ...]
 
-    def tuning_runs(self) -> list[Run]:
-        """Return the runs that learning rates are chosen on, each once."""
-        return list(dict.fromkeys(run for block in self.blocks for run in self._runs_of(block)))
+    def tuning_runs(self, block: Block) -> list[Run]:
+        """Return the runs of a block that learning rates are chosen on."""
+        return [
+            self.run(workload, optimizer, method, lr, seed)
+            for workload, optimizer, lr, method, seed in product(
+                block.workloads, block.optimizers, block.lr, block.methods, self.tune
+            )
+        ]
 
     def final_runs(self, chosen: Mapping[tuple[str, str, str], Sequence[float]]) -> list[Run]:
         """Return the runs of the other seeds, with the learning rates chosen for (workload, optimizer, method)."""
         seeds = [seed for seed in self.seeds if seed not in self.tune]
         return [self.run(*key, lr, seed) for key, rates in chosen.items() for lr in rates for seed in seeds]
 
-    def races(self) -> dict[str, list[tuple[str, str]]]:
+    def timed(self) -> dict[str, list[tuple[str, str]]]:
         """Return of each workload the (optimizer, method) that are timed side by side."""
         found: dict[str, list[tuple[str, str]]] = {}
         for block in self.blocks:
@@ -86,13 +96,6 @@ class Study:
     def run(self, workload: str, optimizer: str, method: str, lr: float, seed: int) -> Run:
         """Return one run of this study."""
         return Run(workload, optimizer, method, lr, seed, self.evaluations, FrozenConfig(self.methods[method]))
-
-    def _runs_of(self, block: Block) -> Iterator[Run]:
-        for workload in block.workloads:
-            for optimizer in block.optimizers:
-                for lr in block.lr:
-                    for method in block.methods:
-                        yield from (self.run(workload, optimizer, method, lr, seed) for seed in self.tune)
 
 
 class FrozenConfig(dict[str, Any]):

@@ -47,6 +47,7 @@ class Settings:
     kappa: float
     power: float
     damping: float
+    gain: float
     sample_fraction: float
     max_samples: int
     max_dim: int
@@ -150,6 +151,7 @@ def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kappa", type=float, default=PRESET.kappa, help="weight of the variance error, in [0, 1]")
     group.add_argument("--power", type=float, default=PRESET.power, help="exponent of the rule power, in [0, 0.5]")
     group.add_argument("--damping", type=float, default=PRESET.damping, help="of the rule power")
+    group.add_argument("--gain", type=float, default=PRESET.gain, help="norm of z over that of x, by the rule power")
     group.add_argument("--sample-fraction", type=float, default=PRESET.sample_fraction, help="part of rows recorded")
     group.add_argument("--max-samples", type=int, default=PRESET.max_samples, help="most rows a layer keeps")
     group.add_argument("--max-dim", type=int, default=PRESET.max_dim, help="largest side of a factor of R")

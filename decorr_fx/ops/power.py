@@ -1,12 +1,12 @@
 """The closed form: R is a power of the second moment of the layer's input, made anew from running moments.
 
     Sigma <- (1 - rate) Sigma + rate * mean over rows of x x^T
-    R = gain * (Sigma + damping * mean eigenvalue of Sigma)^-p,    gain such that |z|^2 = |x|^2 in the mean
+    R = c * (Sigma + damping * mean eigenvalue of Sigma)^-p,    c such that |z| = gain * |x| in the mean square
 
-Each factor of R has a Sigma of its own, of the rows of its own mode of x. p = 1/2 would be whitening; a step of W is
-preconditioned by R^T R, which goes with twice the power. The gain keeps the inputs of the weights as large as they
-were. Weights that follow take `W <- W R_old R_new^-1`, as in natural
-neural networks (arXiv 1507.00210), where p is 1/2.
+Each factor of R has a Sigma of its own, of the rows of its own mode of x; the gain is that of the first one. p = 1/2
+would be whitening; a step of W is preconditioned by R^T R, which goes with twice the power. How large the inputs of the
+weights are decides how far a step of W goes, so that the gain says which learning rates are right. Weights that follow
+take `W <- W R_old R_new^-1`, as in natural neural networks (arXiv 1507.00210), where p is 1/2.
 """
 
 from collections.abc import Sequence
@@ -52,6 +52,7 @@ def replacements(
     rate: float,
     power: float,
     damping: float,
+    gain: float,
 ) -> list[Replacement]:
     """Return what replaces each factor of R.
 
@@ -63,19 +64,21 @@ def replacements(
         rate: at which running moments follow new ones; the first few steps take their plain mean.
         power: p.
         damping: part of the mean eigenvalue that is added to all of them.
+        gain: of the norm of z over that of x; for a pair, the first factor's.
     """
-    found = []
+    found: list[Replacement] = []
     rates = (1 / (past.steps + 1)).clamp(min=min(rate, 1))
     for old, moment, new_moment, before in zip(factors, of_z, of_x, past.moments, strict=True):
         rate_of_stack = rates.repeat_interleave(len(old) // len(rates))[:, None, None]
         running = before.lerp(new_moment, rate_of_stack.to(before.dtype))
         new, inverse = root(running, power, damping)
-        found.append(Replacement(moment, running, new, old @ inverse))
+        own = 1.0 if found else gain
+        found.append(Replacement(moment, running, own * new, old @ inverse / own))
     return found
 
 
 def root(Sigma: Tensor, power: float, damping: float) -> tuple[Tensor, Tensor]:
-    """Return R for `Sigma [stacks, d, d]`, and its inverse; NaN where Sigma is not finite, or zero.
+    """Return R for `Sigma [stacks, d, d]` with a gain of 1, and its inverse; NaN where Sigma is not finite, or zero.
 
     By eigenvalues, which are right to float32's last digits for any p and any condition of Sigma.
     """

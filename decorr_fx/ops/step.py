@@ -78,7 +78,7 @@ def step_factors(
     of_z = [Moment.of(rows, used) for rows, used in _rows(z, factors, count)]
     if past is not None:
         of_x = [rows.mT @ rows / used for rows, used in _rows(x, factors, count)]
-        replaced = replacements(factors, of_z, of_x, past, decor_lr, config.power, config.damping)
+        replaced = replacements(factors, of_z, of_x, past, decor_lr, config.power, config.damping, config.gain)
         return Step([r.new for r in replaced], replaced, [r.running for r in replaced])
     changes = transitions(of_z, x, z, config.rule, decor_lr, config.kappa)
     return Step([change.advance(f) for change, f in zip(changes, factors, strict=True)], changes, [])

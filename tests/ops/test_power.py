@@ -13,7 +13,7 @@ from decorr_fx.ops.step import Step, step_factors
 powers = st.sampled_from([0.0, 0.125, 0.25, 0.5])
 dampings = st.sampled_from([1e-3, 0.01, 1.0])
 rates = st.sampled_from([0.0, 0.08, 1.0, 5.0])
-STEPS = 3
+STEPS, GAIN = 3, 0.7
 
 
 def past_of(drawn: Drawn, dtype: torch.dtype) -> Past:
@@ -23,7 +23,7 @@ def past_of(drawn: Drawn, dtype: torch.dtype) -> Past:
 
 def fast(drawn: Drawn, dtype: torch.dtype, rate: float, power: float, damping: float) -> Step:
     x = drawn.x.to(dtype)
-    config = DecorrConfig(rule="power", power=power, damping=damping)
+    config = DecorrConfig(rule="power", power=power, damping=damping, gain=GAIN)
     count = torch.tensor(drawn.used).expand(len(x))
     return step_factors([f.to(dtype) for f in drawn.factors], x, count, config, rate, past_of(drawn, dtype))
 
@@ -38,7 +38,8 @@ def expected_roots(drawn: Drawn, matrix: int, rate: float, power: float, damping
         rows.append(x[drawn.blocks(matrix)].flatten(0, -2))
         old.append(past.moments[1][matrix])
     sigmas = [reference.running_moment(Sigma, r, STEPS, rate) for Sigma, r in zip(old, rows, strict=True)]
-    return [reference.root(Sigma, power, damping) for Sigma in sigmas]
+    first = len(blocks)
+    return [(GAIN if i < first else 1.0) * reference.root(Sigma, power, damping) for i, Sigma in enumerate(sigmas)]
 
 
 @given(sites(), rates, powers, dampings)
