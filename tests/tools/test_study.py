@@ -18,6 +18,8 @@ from study_workloads import CONTEXT, WORKLOADS, Text
 from torch import nn
 from train_settings import UsageError
 
+from decorr_fx.config import RECIPES, DecorrConfig
+
 TOOLS = Path(train_sources.__file__).parent
 GRID = """
 tune = [0]
@@ -148,10 +150,12 @@ def test_a_study_is_not_run_on_other_images(
     assert not (grid.parent / "study-small.jsonl").exists()
 
 
-def test_the_committed_studies_can_be_read() -> None:
+def test_the_committed_studies_can_be_read_and_are_of_the_defaults() -> None:
     for path in (TOOLS / "studies").glob("*.toml"):
         study = read_study(path)
         assert all(study.tuning_runs(block) for block in study.blocks)
+        assert DecorrConfig(**study.methods["power"]) == DecorrConfig()
+        assert DecorrConfig(**study.methods.get("dbp", RECIPES["dbp"])) == DecorrConfig.recipe("dbp")
 
 
 def test_steps_to_an_accuracy_are_read_off_the_line_through_the_evaluations() -> None:
