@@ -1,6 +1,6 @@
 """Decorrelated backpropagation for PyTorch: faster learning, and a plain model at the end."""
 
-from decorr_fx.api import export_onnx, fold, paused, report, stats, step, transform
+from decorr_fx.api import calibrate, export_onnx, fold, paused, report, stats, step, transform
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import (
     CheckpointError,
@@ -36,6 +36,7 @@ __all__ = [
     "SiteStats",
     "SkippedRecord",
     "Stats",
+    "calibrate",
     "export_onnx",
     "fold",
     "paused",

@@ -1,5 +1,6 @@
 """The verbs. Each one is: check, run these passes, return."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import ConfigError, ModelError, NotTransformedError
 from decorr_fx.passes.base import copy_model
+from decorr_fx.passes.calibrate import calibrate_sites
 from decorr_fx.passes.check import check_model
 from decorr_fx.passes.choose import Filter, Overrides, Settings
 from decorr_fx.passes.example import Example
@@ -59,6 +61,28 @@ def transform(
     plan = _plan(check_model(model), config, example_inputs, filter_fn, overrides)
     stepper.follow_optimizers()
     return InsertDecorrelation(plan)(model)
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Set every R of a transformed model by a few batches before training; the network's function stands still.
+
+    Without this, R starts at the identity and is learned from the first steps of training on. Forwards run in train
+    mode without gradients; statistics of BatchNorm, random numbers and modes are afterwards what they were. Needs room
+    for a second copy of the weights while it runs.
+
+    Args:
+        model: a transformed model, of the rule `power`.
+        batches: what the model is called with, without labels, one after another: each a tensor, a tuple of positional
+            arguments, or a dict of keyword arguments.
+
+    Raises:
+        NotTransformedError: the model is plain.
+        ConfigError: the rule of a layer is not `power`, or its weight does not follow R.
+        ModelError: there is no batch, the model does not run on one, or every R is paused or has a frozen weight.
+        LayerError: a batch gives a layer inputs that are not finite. The model is as it was after any of these.
+        DistributedError: there are several ranks.
+    """
+    calibrate_sites(_transformed(model), batches)
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from decorr_fx.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Example:
@@ -37,6 +39,20 @@ class Example:
         """Call the model without gradients."""
         with torch.no_grad():
             return model(*self.args, **self.kwargs)
+
+    def run(self, model: nn.Module, what: str) -> None:
+        """Call the model as it is, without gradients; random numbers are drawn as if it had not been called.
+
+        Raises:
+            ModelError: the model does not run; `what` are the inputs, for people.
+        """
+        devices = [parameter.device for parameter in model.parameters() if parameter.is_cuda]
+        with torch.random.fork_rng(list(dict.fromkeys(devices))):
+            try:
+                self.call(model)
+            except Exception as error:  # whatever the user's code makes of the inputs
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise ModelError(f"the model does not run on {what} in train mode: {problem}") from error
 
     def of_batch(self, size: int) -> "Example":
         """Return the same with the rows of each tensor repeated, or cut, to `size`."""

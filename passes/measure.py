@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from math import ceil, prod
 
-import torch
 from torch import Tensor, nn
 
-from decorr_fx.errors import ModelError
 from decorr_fx.ops.calls import one_each
 from decorr_fx.ops.cost import REFERENCE_BATCH, Work
 from decorr_fx.ops.record import ConvGeometry
@@ -48,15 +46,10 @@ def measure_works(model: nn.Module, settings: Settings, example: Example) -> dic
     for site in sites:
         site.__class__ = MeasuredSite
         vars(site).update(seen_rows=0, seen_inputs=0)
-    devices = [parameter.device for parameter in probe.parameters() if parameter.is_cuda]
-    with torch.random.fork_rng(list(dict.fromkeys(devices))):
-        try:
-            example.call(probe)
-        except Exception as error:  # whatever the user's code makes of the inputs
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ModelError(f"the model does not run on example_inputs in train mode: {problem}") from error
-        finally:
-            _retire(sites)
+    try:
+        example.run(probe, "example_inputs")
+    finally:
+        _retire(sites)
     measured = [site for site in sites if isinstance(site, MeasuredSite) and site.seen_rows]
     return {
         site.spec.fqn: Work(_at_reference(site.seen_rows, example), _at_reference(site.seen_inputs, example))

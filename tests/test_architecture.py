@@ -44,6 +44,7 @@ PASSES = {
     "insert": {"base", "match", "plan", "check"},
     "fold": {"base"},
     "example": set(),
+    "calibrate": {"example"},
     "measure": {"base", "choose", "example", "plan", "insert"},
     "export": {"base", "example"},
 }

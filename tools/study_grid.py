@@ -3,8 +3,9 @@
 tune = [0]                     # seeds that learning rates are chosen on
 seeds = [0, 1, 2]              # seeds of what was chosen
 evaluations = 20               # of a run, on the validation split
-[methods.power]                # besides "plain"; fields of DecorrConfig
+[methods.power]                # besides "plain"; fields of DecorrConfig,
 rule = "power"
+calibrate = 8                  # and on how many batches R is set before training
 [[grid]]
 workloads = ["cnn"]
 optimizers = ["adam"]
@@ -25,7 +26,7 @@ from train_settings import UsageError
 
 from decorr_fx import ConfigError, DecorrConfig
 
-PLAIN = "plain"
+PLAIN, CALIBRATE = "plain", "calibrate"
 
 
 @dataclass(frozen=True)
@@ -126,18 +127,17 @@ def _study(name: str, whole: Mapping[str, Any]) -> Study:
     methods = {PLAIN: {}, **_typed(whole, "methods", dict, {})}
     for method, settings in methods.items():
         try:
-            DecorrConfig(**settings)
+            DecorrConfig(**{field: value for field, value in settings.items() if field != CALIBRATE})
         except (ConfigError, TypeError) as error:
             raise UsageError(f"method {method!r}: {error}") from None
+        if CALIBRATE in settings:
+            _count(settings, CALIBRATE)
     seeds = _numbers({"seeds": whole.get("seeds", [0])}, "seeds", int, None)
-    evaluations = _numbers({"evaluations": [whole.get("evaluations", 20)]}, "evaluations", int, None)[0]
-    if evaluations == 0:
-        raise UsageError("evaluations is 0; use at least 1")
     return Study(
         name,
         tuple(_numbers(whole, "tune", int, seeds)),
         tuple(seeds),
-        evaluations,
+        _count({"evaluations": 20, **whole}, "evaluations"),
         methods,
         tuple(_block(block, methods) for block in _typed(whole, "grid", list, [])),
     )
@@ -176,3 +176,10 @@ def _numbers(table: Mapping[str, Any], key: str, kind: type, default: Any) -> li
         if isinstance(value, bool) or not isinstance(value, accepted) or value < 0:
             raise UsageError(f"{key} has {value!r}; use numbers of at least 0")
     return [kind(value) for value in values]
+
+
+def _count(table: Mapping[str, Any], key: str) -> int:
+    (value,) = _numbers({key: [table[key]]}, key, int, None)
+    if value == 0:
+        raise UsageError(f"{key} is 0; use at least 1")
+    return value

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_grid import PLAIN, Run
+from study_grid import CALIBRATE, PLAIN, Run
 from study_workloads import WORKLOADS, Source, Workload
 from torch import nn
 from train_loop import Contender, score_of
@@ -32,9 +32,13 @@ def contender_of(run: Run, steps: int) -> Contender:
 def _transformed(model: nn.Module, run: Run) -> nn.Module:
     if run.method == PLAIN:
         return model
-    workload = WORKLOADS[run.workload]
-    images, _ = next(workload.data.load(run.seed).training_batches(2, run.seed, CPU))
-    return decorr_fx.transform(model, decorr_fx.DecorrConfig(**run.config), example_inputs=images)
+    workload, config = WORKLOADS[run.workload], dict(run.config)
+    batches = workload.data.load(run.seed).training_batches(workload.batch_size, run.seed, CPU)
+    inputs = [x for x, _ in islice(batches, config.pop(CALIBRATE, 0) or 1)]
+    model = decorr_fx.transform(model, decorr_fx.DecorrConfig(**config), example_inputs=inputs[0])
+    if CALIBRATE in run.config:
+        decorr_fx.calibrate(model, inputs)
+    return model
 
 
 def _settings(run: Run) -> Settings:

@@ -4,7 +4,7 @@ A loop that is valid for W, which changes in place at `optimizer.step()`, is the
 two forwards before one backward, checkpointing, skipped steps of a GradScaler, several optimizers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -45,6 +45,23 @@ def step_sites(sites: Iterator[Site]) -> None:
         move(group, decor_lr)
     for site in ready:
         site.forget()
+
+
+def move_recorded(sites: Iterable[Site]) -> bool:
+    """Move the R of every site that can move on what it recorded; return whether there is one.
+
+    Running moments take the plain mean of all so far. No step of an optimizer is counted.
+
+    Raises:
+        DistributedError: there are several ranks.
+        LayerError: a weight was untied after `transform`.
+    """
+    ready = list(_ready(iter(sites)))
+    for group, rate in group_by_shape((site, 0.0) for site in ready):
+        move(group, rate)
+    for site in ready:
+        site.forget()
+    return bool(ready)
 
 
 def _ready(sites: Iterator[Site]) -> Iterator[Site]:

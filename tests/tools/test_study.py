@@ -1,6 +1,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ def test_a_run_depends_on_what_names_it_alone() -> None:
         ("[0, 1]", "[0.5]", "seeds has 0.5"),
         ("seeds = [0, 1]", "seeds = []", "seeds is"),
         ("evaluations = 4", "evaluations = 0", "evaluations is 0"),
+        ('rule = "power"', "calibrate = 0", "calibrate is 0"),
+        ('rule = "power"', "calibrate = 1.5", "calibrate has 1.5"),
         ("tune = [0]", "tunes = [0]", "no key 'tunes'"),
         ("tune = [0]", "tune = [0", "cannot be read"),
     ],
@@ -243,6 +246,13 @@ def test_muon_steps_convolutions_as_matrices_and_vectors_by_adamw() -> None:
         return loss
 
     assert ours.step(closure) > 0 and not torch.equal(conv.weight, before)
+
+
+def test_a_run_may_be_calibrated_first() -> None:
+    run = Run("digits", "adam", "power", 1e-3, 3, 2, {"rule": "power"})
+    first = perform(run)
+    second = perform(replace(run, config={"rule": "power", "calibrate": 4}))
+    assert first["history"] != second["history"]
 
 
 def test_soap_learns_with_decorrelation() -> None:
