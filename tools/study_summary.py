@@ -1,9 +1,10 @@
-"""What a study found: how many steps each method takes to what tuned backpropagation reaches.
+"""What a study found: for each method its best learning rate, and how soon it gets to what backpropagation reaches.
 
-The targets of a workload and an optimizer are the best validation accuracies that the plain method reaches, over its
-learning rates, after all, three quarters and half of the budget. The rate of a method is the one by which it gets to
-the first target soonest; where it never does, the one with the best accuracy at the end. So rates are chosen by the
-validation split; the test accuracy only stands beside them.
+The targets of a workload and an optimizer are the validation accuracies that the plain method reaches, by the learning
+rate with the best one at the end, after all, three quarters and half of the budget: those of the same seed, which has
+the same initial weights, batches and split. The rate of another method is the one by which it gets to the first target
+soonest, or where it never does, the one with the best end. So rates are chosen by the validation split; the test
+accuracy only stands beside them.
 """
 
 import statistics
@@ -16,6 +17,7 @@ from study_grid import PLAIN
 
 PARTS = (1.0, 0.75, 0.5)  # of the budget, whose accuracies are targets
 History = Sequence[Sequence[float]]  # rows of (step, training loss, validation loss, validation accuracy)
+Target = Mapping[int, float]  # validation accuracy, by seed
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Tried:
     """One learning rate of one method: what its seeds gave. A history that diverged ends early."""
 
     lr: float
-    histories: Sequence[History]
+    histories: Mapping[int, History]
     tests: Sequence[float]
     budget: int
 
@@ -32,22 +34,26 @@ class Tried:
         """How many seeds did not come to the end."""
         return len(self.histories) - len(self.tests)
 
-    def accuracy_at(self, part: float) -> float:
-        """Return the mean validation accuracy after a part of the budget; 0 where a seed diverged."""
-        if self.diverged:
+    def accuracy_at(self, part: float, seed: int) -> float:
+        """Return the validation accuracy after a part of the budget; 0 where the seed diverged."""
+        history = self.histories[seed]
+        if not history or history[-1][0] < self.budget:
             return 0.0
-        return statistics.mean(max(row for row in h if row[0] <= part * self.budget)[3] for h in self.histories)
+        return max(row for row in history if row[0] <= part * self.budget)[3]
 
-    def steps_to(self, accuracy: float) -> float | None:
-        """Return the mean over seeds of the steps to an accuracy, or None where one does not reach it."""
-        steps = self.steps_of_seeds(accuracy)
-        return statistics.mean(steps) if steps else None
+    def final_accuracy(self) -> float:
+        """Return the mean over seeds of the validation accuracy at the end."""
+        return statistics.mean(self.accuracy_at(1.0, seed) for seed in self.histories)
 
-    def steps_of_seeds(self, accuracy: float) -> list[float]:
-        """Return the steps of each seed to an accuracy; none where one does not reach it."""
-        steps = [steps_to(history, accuracy) for history in self.histories]
-        reached = [step for step in steps if step is not None]
-        return reached if len(reached) == len(steps) else []
+    def steps_of_seeds(self, target: Target) -> dict[int, float]:
+        """Return the steps of each seed to its target; those that do not reach it are left out."""
+        steps = {seed: steps_to(self.histories[seed], target[seed]) for seed in self.histories if seed in target}
+        return {seed: step for seed, step in steps.items() if step is not None}
+
+    def steps_to(self, target: Target) -> float | None:
+        """Return the mean over seeds of the steps to their targets, or None where one does not reach it."""
+        steps = self.steps_of_seeds(target)
+        return statistics.mean(steps.values()) if len(steps) == len(self.histories.keys() & target.keys()) > 0 else None
 
 
 def steps_to(history: History, accuracy: float) -> float | None:
@@ -71,7 +77,7 @@ class Summary:
         plain: the plain method's best learning rate.
         at_plain_rate: this method at that rate, or None where that was not run.
         rates: how many learning rates were tried.
-        targets: validation accuracies.
+        targets: validation accuracies, by seed.
     """
 
     workload: str
@@ -81,7 +87,7 @@ class Summary:
     plain: Tried
     at_plain_rate: Tried | None
     rates: int
-    targets: Sequence[float]
+    targets: Sequence[Target]
 
     @property
     def steps(self) -> list[float | None]:
@@ -93,9 +99,10 @@ class Summary:
         """The same over the steps of the plain method."""
         return [self.ratio(self.best, target) for target in self.targets]
 
-    def ratio(self, tried: Tried, target: float) -> float | None:
+    def ratio(self, tried: Tried, target: Target) -> float | None:
         """Return the steps to a target over those of the plain method, or None where one does not reach it."""
-        own, plain = tried.steps_to(target), self.plain.steps_to(target)
+        same_seeds = {seed: accuracy for seed, accuracy in target.items() if seed in tried.histories}
+        own, plain = tried.steps_to(same_seeds), self.plain.steps_to(same_seeds)
         return None if own is None or plain is None else own / plain
 
 
@@ -107,12 +114,12 @@ def summarise(lines: Iterable[Mapping[str, Any]]) -> list[Summary]:
         plain = tried.get((workload, optimizer, PLAIN))
         if plain is None:
             continue  # nothing to compare with
-        targets = [max(t.accuracy_at(part) for t in on_all_seeds(plain)) for part in PARTS]
-        best = best_of(on_all_seeds(plain), targets[0])
+        best = max(on_all_seeds(plain), key=Tried.final_accuracy)
+        targets = [{seed: best.accuracy_at(part, seed) for seed in best.histories} for part in PARTS]
         methods = [method for w, o, method in tried if (w, o) == (workload, optimizer)]
         for method in sorted(methods, key=lambda name: name != PLAIN):
             rates = tried[workload, optimizer, method]
-            own = best_of(on_all_seeds(rates), targets[0])
+            own = best if method == PLAIN else best_of(on_all_seeds(rates), targets[0])
             same = next((t for t in rates if t.lr == best.lr), None)
             found.append(Summary(workload, optimizer, method, own, best, same, len(rates), targets))
     return found
@@ -130,7 +137,7 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], li
 def _tried(lr: float, lines: Sequence[Mapping[str, Any]]) -> Tried:
     return Tried(
         lr,
-        [line["history"] for line in lines],
+        {line["run"]["seed"]: line["history"] for line in lines},
         [line["test"][1] for line in lines if line["test"] is not None],
         lines[0]["budget"],
     )
@@ -142,9 +149,9 @@ def on_all_seeds(rates: Sequence[Tried]) -> list[Tried]:
     return [tried for tried in rates if len(tried.histories) == most]
 
 
-def best_of(rates: Sequence[Tried], target: float) -> Tried:
+def best_of(rates: Sequence[Tried], target: Target) -> Tried:
     """Return the learning rate by which the target is reached soonest, or else that with the best end."""
     reaching = [(steps, tried) for tried in rates if (steps := tried.steps_to(target)) is not None]
     if reaching:
         return min(reaching, key=lambda pair: pair[0])[1]
-    return max(rates, key=lambda tried: tried.accuracy_at(1.0))
+    return max(rates, key=Tried.final_accuracy)

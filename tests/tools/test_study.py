@@ -172,7 +172,13 @@ def test_steps_to_an_accuracy_are_read_off_the_line_through_the_evaluations() ->
 def line_of(method: str, lr: float, seed: int, accuracies: list[float]) -> dict[str, Any]:
     run = Run("cnn", "adam", method, lr, seed, len(accuracies)).as_json()
     history = [[10 * (i + 1), 1.0, 1.0, accuracy] for i, accuracy in enumerate(accuracies)]
-    return {"run": run, "budget": 40, "history": history, "diverged": None, "test": [1.0, accuracies[-1]]}
+    return {
+        "run": run,
+        "budget": 10 * len(accuracies),
+        "history": history,
+        "diverged": None,
+        "test": [1.0, accuracies[-1]],
+    }
 
 
 def test_targets_are_what_the_best_plain_rate_reaches_and_rates_are_chosen_by_them() -> None:
@@ -181,7 +187,7 @@ def test_targets_are_what_the_best_plain_rate_reaches_and_rates_are_chosen_by_th
         line_of("fast", 0.1, 0, [0.5, 0.55, 0.58, 0.59]), line_of("fast", 0.4, 0, [0.3, 0.6, 0.6, 0.6]),
     ]  # fmt: skip
     plain, fast = summarise(lines)
-    assert plain.targets == [0.6, 0.5, 0.4] and plain.steps == [40, 30, 20] and plain.best.lr == 0.2
+    assert plain.targets == [{0: 0.6}, {0: 0.5}, {0: 0.4}] and plain.steps == [40, 30, 20] and plain.best.lr == 0.2
     assert fast.best.lr == 0.4 and fast.steps[0] == 20 and fast.ratios[0] == 0.5
     assert fast.at_plain_rate is None
     assert fast.steps[1] == pytest.approx(10 + 10 * 0.2 / 0.3)
@@ -190,12 +196,21 @@ def test_targets_are_what_the_best_plain_rate_reaches_and_rates_are_chosen_by_th
 def test_rates_of_the_tuning_seeds_alone_do_not_stand_beside_those_of_all() -> None:
     lines = [line_of("plain", 0.1, seed, [0.1, 0.5]) for seed in (0, 1)] + [line_of("plain", 0.2, 0, [0.9, 0.9])]
     (plain,) = summarise(lines)
-    assert plain.best.lr == 0.1 and plain.targets[0] == 0.5 and plain.rates == 2
+    assert plain.best.lr == 0.1 and plain.targets[0] == {0: 0.5, 1: 0.5} and plain.rates == 2
+
+
+def test_a_target_is_that_of_the_same_seed() -> None:
+    lines = [line_of("plain", 0.1, 0, [0.1, 0.5]), line_of("plain", 0.1, 1, [0.2, 0.9])]
+    lines += [line_of("fast", 0.1, 0, [0.5, 0.6]), line_of("fast", 0.1, 1, [0.9, 0.9])]
+    plain, fast = summarise(lines)
+    assert plain.steps[0] == 20 and fast.steps[0] == 10 and fast.ratios[0] == 0.5
+    _, tuned_only = summarise(lines[:3])
+    assert tuned_only.steps[0] == 10 and tuned_only.ratios[0] == 0.5
 
 
 def test_a_seed_that_does_not_reach_a_target_is_not_left_out() -> None:
-    tried = Tried(0.1, [[[10, 0, 0, 0.9]], [[10, 0, 0, 0.5]]], [0.9, 0.5], 10)
-    assert tried.steps_to(0.8) is None and tried.steps_to(0.5) == 10
+    tried = Tried(0.1, {0: [[10, 0, 0, 0.9]], 1: [[10, 0, 0, 0.5]]}, [0.9, 0.5], 10)
+    assert tried.steps_to({0: 0.8, 1: 0.8}) is None and tried.steps_to({0: 0.8, 1: 0.5}) == 10
 
 
 def test_the_text_is_split_without_overlap_and_asks_for_the_next_character() -> None:
@@ -266,4 +281,4 @@ def test_everything_is_compared_by_the_best_of_plain_adam() -> None:
     other["run"] = {**other["run"], "optimizer": "sgd"}
     table = goal_table(summarise([*lines, other]), {"cnn": {("adam", "plain"): 100.0, ("adam", "fast"): 150.0}})
     cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
-    assert cells == ["cnn, 60.0%", "40, 4.0 s", "20, 3.0 s", "not reached"]
+    assert cells == ["cnn, 60.0%", "40, 4.0 s", "20, 3.0 s", "by 0 of 1"]
