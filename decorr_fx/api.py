@@ -66,9 +66,11 @@ def transform(
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set every R of a transformed model by a few batches before training; the network's function stands still.
 
-    Without this, R starts at the identity and is learned from the first steps of training on. Forwards run in train
-    mode without gradients; statistics of BatchNorm, random numbers and modes are afterwards what they were. Needs room
-    for a second copy of the weights while it runs.
+    Without this, R starts at the identity and is learned from the first steps of training on. Every batch weighs the
+    same, with `max_samples` of its rows at most; what R was before does not count. Forwards run without gradients, each
+    module in the mode that it is in, but for the decorrelated layers, which record as in train mode. Statistics of
+    BatchNorm, random numbers and modes are afterwards what they were. The weights move, so that a plain model which
+    shares them no longer computes the same. Needs room for a second copy of the weights and buffers while it runs.
 
     Args:
         model: a transformed model, of the rule `power`.
@@ -77,10 +79,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises:
         NotTransformedError: the model is plain.
-        ConfigError: the rule of a layer is not `power`, or its weight does not follow R.
+        ConfigError: the rule of a layer is not `power`, it is centred, or its weight does not follow R.
         ModelError: there is no batch, the model does not run on one, or every R is paused or has a frozen weight.
-        LayerError: a batch gives a layer inputs that are not finite. The model is as it was after any of these.
+        LayerError: a batch gives a layer inputs that are not finite, or a weight was untied after `transform`.
         DistributedError: there are several ranks.
+
+    After any error, of the batches' own too, the model is as it was.
     """
     calibrate_sites(_transformed(model), batches)
 

@@ -45,7 +45,8 @@ class DecorrConfig:
             are preconditioned by R^T R, which goes with 2 p.
         damping: part of Sigma's mean eigenvalue that the rule `power` adds to all of them.
         gain: norm of the decorrelated rows over that of the plain ones, by the rule `power`. A step of W goes as far as
-            its inputs are large: half the gain is, for Adam, half the learning rate.
+            its inputs are large: half the gain is, for Adam, half the learning rate. Where weights do not follow, use
+            1: the outputs of each layer shrink, otherwise.
         max_samples: rows that each factor of R steps on. A layer keeps as many samples of its input between two steps
             of R, or fewer where a patch of a convolution gives a Kronecker pair several rows; later ones then replace
             earlier ones.

@@ -1,6 +1,7 @@
 """Example inputs: what a model is called with, positionally or by name, and the same at another batch size."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,18 +42,16 @@ class Example:
             return model(*self.args, **self.kwargs)
 
     def run(self, model: nn.Module, what: str) -> None:
-        """Call the model as it is, without gradients; random numbers are drawn as if it had not been called.
+        """Call the model as it is, without gradients.
 
         Raises:
             ModelError: the model does not run; `what` are the inputs, for people.
         """
-        devices = [parameter.device for parameter in model.parameters() if parameter.is_cuda]
-        with torch.random.fork_rng(list(dict.fromkeys(devices))):
-            try:
-                self.call(model)
-            except Exception as error:  # whatever the user's code makes of the inputs
-                problem = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise ModelError(f"the model does not run on {what} in train mode: {problem}") from error
+        try:
+            self.call(model)
+        except Exception as error:  # whatever the user's code makes of the inputs
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ModelError(f"the model does not run on {what} in train mode: {problem}") from error
 
     def of_batch(self, size: int) -> "Example":
         """Return the same with the rows of each tensor repeated, or cut, to `size`."""
@@ -83,6 +82,12 @@ class Example:
 
     def _map(self, change: Callable[[Any], Any]) -> "Example":
         return Example(*pytree.tree_map(change, (self.args, self.kwargs)))
+
+
+def random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context after which random numbers are drawn as if nothing had been drawn in it."""
+    devices = [parameter.device for parameter in model.parameters() if parameter.is_cuda]
+    return torch.random.fork_rng(list(dict.fromkeys(devices)))
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ from decorr_fx.ops.cost import REFERENCE_BATCH, Work
 from decorr_fx.ops.record import ConvGeometry
 from decorr_fx.passes.base import computed_tensors, copy_model
 from decorr_fx.passes.choose import Settings
-from decorr_fx.passes.example import Example
+from decorr_fx.passes.example import Example, random_numbers_kept
 from decorr_fx.passes.insert import InsertDecorrelation
 from decorr_fx.passes.plan import make_plan
 from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
@@ -47,7 +47,8 @@ def measure_works(model: nn.Module, settings: Settings, example: Example) -> dic
         site.__class__ = MeasuredSite
         vars(site).update(seen_rows=0, seen_inputs=0)
     try:
-        example.run(probe, "example_inputs")
+        with random_numbers_kept(probe):
+            example.run(probe, "example_inputs")
     finally:
         _retire(sites)
     measured = [site for site in sites if isinstance(site, MeasuredSite) and site.seen_rows]

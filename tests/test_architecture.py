@@ -44,7 +44,7 @@ PASSES = {
     "insert": {"base", "match", "plan", "check"},
     "fold": {"base"},
     "example": set(),
-    "calibrate": {"example"},
+    "calibrate": {"base", "example"},
     "measure": {"base", "choose", "example", "plan", "insert"},
     "export": {"base", "example"},
 }

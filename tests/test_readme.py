@@ -30,7 +30,7 @@ def test_the_quickstart_runs_and_is_on_the_first_screen(tmp_path: Path, monkeypa
 
 def test_the_settings_run_on_a_model_with_such_names() -> None:
     layers = {"stem": nn.Linear(4, 4), "layer4": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 2)}
-    names = {"decorr_fx": decorr_fx, "model": nn.Sequential(OrderedDict(layers)), "inputs": [torch.randn(8, 4)]}
+    names = {"decorr_fx": decorr_fx, "model": nn.Sequential(OrderedDict(layers)), "batches": [torch.randn(8, 4)]}
     exec(SETTINGS, names)
     (site,) = decorr_fx.report(names["model"]).sites
     assert site.fqn == "layer4.0"

@@ -187,11 +187,16 @@ class Site(nn.Module):
         """Set R to the identity and every counter to zero, as `transform` leaves them."""
         for factor in self.factors:
             factor.copy_(torch.eye(factor.shape[-1], device=factor.device, dtype=factor.dtype).expand_as(factor))
-        for moment in self.moments:
-            moment.zero_()
+        self.reset_moments()
         if self.spec.demeaned:
             self.mean.zero_()
         self.reset_counters()
+
+    def reset_moments(self) -> None:
+        """Let running moments start anew, with the next step as the first one."""
+        for moment in self.moments:
+            moment.zero_()
+        self.steps.zero_()
 
     def reset_counters(self) -> None:
         """Let the site be as before its first step, but for R."""

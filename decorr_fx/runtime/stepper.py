@@ -4,7 +4,7 @@ A loop that is valid for W, which changes in place at `optimizer.step()`, is the
 two forwards before one backward, checkpointing, skipped steps of a GradScaler, several optimizers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -39,7 +39,7 @@ def step_sites(sites: Iterator[Site]) -> None:
         DistributedError: there are several ranks, each of which would move R by its own rows.
         LayerError: a weight was untied after `transform`; no R has moved then.
     """
-    ready = list(_ready(sites))
+    ready = ready_sites(sites)
     due = [(site, decor_lr) for site in ready if (decor_lr := site.advance()) is not None]
     for group, decor_lr in group_by_shape(due):
         move(group, decor_lr)
@@ -47,25 +47,25 @@ def step_sites(sites: Iterator[Site]) -> None:
         site.forget()
 
 
-def move_recorded(sites: Iterable[Site]) -> bool:
-    """Move the R of every site that can move on what it recorded; return whether there is one.
+def move_recorded(sites: Sequence[Site]) -> None:
+    """Move the R of every site on what it recorded; running moments take the plain mean of all since their reset.
 
-    Running moments take the plain mean of all so far. No step of an optimizer is counted.
+    No step of an optimizer is counted.
+    """
+    for group, rate in group_by_shape((site, 0.0) for site in sites):
+        move(group, rate)
+    for site in sites:
+        site.forget()
+
+
+def ready_sites(sites: Iterable[Site]) -> list[Site]:
+    """Return the sites that can move now: not paused, nor of a frozen weight; those drop their rows.
 
     Raises:
-        DistributedError: there are several ranks.
+        DistributedError: there are several ranks, each of which would move R by its own rows.
         LayerError: a weight was untied after `transform`.
     """
-    ready = list(_ready(iter(sites)))
-    for group, rate in group_by_shape((site, 0.0) for site in ready):
-        move(group, rate)
-    for site in ready:
-        site.forget()
-    return bool(ready)
-
-
-def _ready(sites: Iterator[Site]) -> Iterator[Site]:
-    """Yield the sites that take part in this step of the optimizer; those of frozen weights drop their rows."""
+    ready = []
     for site in sites:
         parameters = [parameter for weight in site.weights if (parameter := weight.find()) is not None]
         if site.paused or len(parameters) < len(site.weights):
@@ -74,9 +74,10 @@ def _ready(sites: Iterator[Site]) -> Iterator[Site]:
             _check_one_rank(site)
             for weight in site.weights:
                 weight.check()
-            yield site
+            ready.append(site)
         else:
             site.forget()
+    return ready
 
 
 def _check_one_rank(site: Site) -> None:

@@ -1,13 +1,15 @@
 """Calibrating sets R by a few batches; the function stands still, and a bad batch leaves everything as it was."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
 
 import decorr_fx
 from decorr_fx import ConfigError, DecorrConfig, LayerError, ModelError, NotTransformedError
@@ -56,16 +58,74 @@ def test_R_is_the_closed_form_of_all_rows() -> None:
 
 def test_random_numbers_and_modes_are_what_they_were() -> None:
     model = decorr_fx.transform(small())
+    loader = DataLoader(torch.cat(batches()), batch_size=8, shuffle=True)
     model[1].eval()
+    model[5].eval()
     modes = [module.training for module in model.modules()]
     state = torch.random.get_rng_state()
-    decorr_fx.calibrate(model, iter(batches()))
+    decorr_fx.calibrate(model, loader)
     assert [module.training for module in model.modules()] == modes
-    assert [site.attempts for site in sites_of(model)] == [0, 0]
-    drawn = torch.random.get_rng_state()
-    torch.random.set_rng_state(state)
-    batches()
-    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert [(site.attempts, int(site.steps)) for site in sites_of(model)] == [(0, 3), (0, 3)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_dropout_differs_from_batch_to_batch() -> None:
+    model = decorr_fx.transform(nn.Sequential(nn.Dropout(0.5), nn.Linear(50, 3)))
+    masks: list[Tensor] = []
+    model[1].register_forward_pre_hook(lambda _, args: masks.append(args[0] != 0))
+    decorr_fx.calibrate(model, [torch.ones(4, 50)] * 2)
+    assert not torch.equal(*masks)
+
+
+class Attention(nn.Module):
+    """Three layers on one input, and a buffer that each forward replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        return functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_shared_sites_and_replaced_buffers(training: bool) -> None:
+    model = decorr_fx.transform(nn.Sequential(Attention(), nn.Linear(8, 2)))
+    model.train(training)
+    mean = model[0].mean
+    decorr_fx.calibrate(model, [torch.randn(4, 5, 8) for _ in range(2)])
+    assert [int(site.steps) for site in sites_of(model)] == [2, 2]
+    assert model[0].mean is mean and not mean.any()
+
+
+def test_what_R_was_before_does_not_count() -> None:
+    fresh, trained = (decorr_fx.transform(nn.Sequential(nn.Linear(5, 4))) for _ in range(2))
+    seen = [torch.randn(16, 5) for _ in range(2)]
+    decorr_fx.calibrate(trained, [100 * torch.randn(16, 5) @ torch.randn(5, 5) for _ in range(9)])
+    for model in (fresh, trained):
+        decorr_fx.calibrate(model, seen)
+    torch.testing.assert_close(trained[0].weight_decorr.R, fresh[0].weight_decorr.R)
+
+
+def test_a_layer_that_sees_zeros_is_left_out() -> None:
+    model = decorr_fx.transform(nn.Sequential(nn.Linear(5, 4), nn.Threshold(1e6, 0.0), nn.Linear(4, 2)))
+    decorr_fx.calibrate(model, [torch.randn(8, 5)])
+    assert [int(site.steps) for site in sites_of(model)] == [1, 0]
+
+
+def test_an_interruption_leaves_everything_as_it_was() -> None:
+    model = decorr_fx.transform(small())
+    before = state_of(model)
+
+    def interrupted() -> Iterator[Tensor]:
+        yield batches()[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decorr_fx.calibrate(model, interrupted())
+    assert_same(model, before)
 
 
 def test_training_goes_on_from_there() -> None:
@@ -89,7 +149,7 @@ def test_a_batch_may_be_given_in_any_form(form: Callable[[Tensor], Any]) -> None
     [
         (lambda x: (x, torch.zeros(8)), ModelError, "does not run on batch 2 in train mode: .*without labels"),
         (lambda x: x[:, :1], ModelError, "does not run on batch 2"),
-        (lambda x: x * float("nan"), LayerError, "layer '0': its input or R is not finite for batch 2"),
+        (lambda x: x * float("nan"), LayerError, "layer '0': its input is not finite for batch 2"),
     ],
 )
 def test_a_bad_batch_is_told_and_leaves_everything_as_it_was(
@@ -112,6 +172,10 @@ def test_nothing_to_calibrate_on_or_with() -> None:
         decorr_fx.calibrate(model, batches())
     with pytest.raises(NotTransformedError):
         decorr_fx.calibrate(small(), batches())
+    with pytest.raises(ModelError, match="batches is one Tensor; give several, or a list of one"):
+        decorr_fx.calibrate(model, batches()[0])
+    with pytest.raises(ModelError, match="batch 0 does not reach a layer"):
+        decorr_fx.calibrate(model, [torch.zeros(0, 2, 6, 6)])
     assert_same(model, before)
 
 
@@ -120,6 +184,7 @@ def test_nothing_to_calibrate_on_or_with() -> None:
     [
         (DecorrConfig.recipe("dbp"), "layer '0': rule 'dbp' has no closed form"),
         (DecorrConfig(preserve_function=False), "layer '0': with preserve_function=False"),
+        (DecorrConfig(center=True), "layer '0': a few batches do not settle"),
     ],
 )
 def test_settings_that_cannot_be_calibrated(config: DecorrConfig, told: str) -> None:
