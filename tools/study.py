@@ -11,20 +11,22 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 from arguments import positive_int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from study_grid import Block, Run, Study, read_study
+from study_clock import clocks_of, timing_line
+from study_grid import Run, Study, read_study
 from study_pool import perform_all
-from study_report import draw, goal_table, markdown_table, milliseconds_of, timing_line
+from study_report import draw, goal_table, markdown_table
 from study_run import Results
-from study_summary import summarise
-from study_time import step_milliseconds
+from study_summary import chosen_rates, collect, summarise
+from study_time import time_runs
 from study_workloads import WORKLOADS
 from train_settings import UsageError
+
+from decorr_fx import DecorrError
 
 RESULTS = Path(__file__).parent / "results"
 INTERRUPTED = 130
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(study, results, settings.out)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, DecorrError) as error:
         print(f"study.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -53,33 +55,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_study(study: Study, results: Results, jobs: int) -> None:
-    """Run what is not in the results, one workload and optimizer after the other, and time what there is."""
-    for check in {WORKLOADS[workload].data.check for block in study.blocks for workload in block.workloads}:
+    """Run what is not in the results, one race after the other, and time what there is."""
+    for check in {WORKLOADS[race.workload].data.check for race in study.races}:
         check()
-    for race in [race for block in study.blocks for race in block.races()]:
+    for race in study.races:
         _perform(study.tuning_runs(race), results, jobs)
-        _perform(study.final_runs(chosen_rates(results, study, race)), results, jobs)
-    times = milliseconds_of(results.lines)
-    for workload, pairs in study.timed().items():
-        if set(times.get(workload, ())) != set(pairs):
-            runs = [study.run(workload, *pair, TIMING_RATE, study.seeds[0]) for pair in pairs]
-            results.append(timing_line(workload, dict(zip(pairs, step_milliseconds(runs), strict=True))))
-
-
-def chosen_rates(results: Results, study: Study, race: Block) -> dict[tuple[str, str, str], list[float]]:
-    """Return the learning rates to run on all seeds: of each method its best on the tuning seeds, and plain's."""
-    wanted = list(product(race.workloads, race.optimizers, race.methods))
-    summaries = [s for s in summarise(results.on(study.tune)) if (s.workload, s.optimizer, s.method) in wanted]
-    return {(s.workload, s.optimizer, s.method): sorted({s.best.lr, s.plain.lr}) for s in summaries}
+        tuned = collect(line for line in study.own(results.lines) if line["run"]["seed"] in study.tune)
+        _perform(study.final_runs(race, chosen_rates(tuned, race.workload, race.optimizer)), results, jobs)
+    for workload in dict.fromkeys(race.workload for race in study.races):
+        runs = [
+            study.run(race, method, TIMING_RATE, study.seeds[0])
+            for race in study.races
+            for method in race.rates
+            if race.workload == workload
+        ]
+        timed = clocks_of(results.lines, study.methods)
+        if any((run.workload, run.optimizer, run.method) not in timed for run in runs):
+            results.append(timing_line(runs, time_runs(runs)))
 
 
 def tell(study: Study, results: Results, out: Path) -> None:
-    """Print the table, and draw the picture."""
-    summaries = summarise(results.lines)
+    """Print the tables, and draw the picture."""
+    tried, clocks = collect(study.own(results.lines)), clocks_of(results.lines, study.methods)
+    summaries = summarise(tried)
     if not summaries:
         raise UsageError(f"{results.path} has no run of the plain method: run the study without --table first")
-    milliseconds = milliseconds_of(results.lines)
-    print(markdown_table(summaries, milliseconds), goal_table(summaries, milliseconds), sep="\n\n")
+    print(markdown_table(summaries, clocks), goal_table(tried, clocks), sep="\n\n")
     draw(out / f"study-{study.name}.png", summaries)
 
 

@@ -14,8 +14,8 @@ lr = [1e-3, 3e-3, 1e-2]
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from train_settings import UsageError
 from decorr_fx import ConfigError, DecorrConfig
 
 PLAIN, CALIBRATE = "plain", "calibrate"
+GOAL = "adam"  # the optimizer by whose best plain accuracy everything on a workload is compared
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Block:
-    """One `[[grid]]` of the file."""
+class Race:
+    """What is compared: methods, each with the learning rates to try, on one workload and by one optimizer."""
 
-    workloads: tuple[str, ...]
-    optimizers: tuple[str, ...]
-    methods: tuple[str, ...]
-    lr: tuple[float, ...]
-
-    def races(self) -> Iterator["Block"]:
-        """Yield the block's parts of one workload and one optimizer."""
-        for workload, optimizer in product(self.workloads, self.optimizers):
-            yield replace(self, workloads=(workload,), optimizers=(optimizer,))
+    workload: str
+    optimizer: str
+    rates: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -70,40 +65,31 @@ class Study:
     seeds: tuple[int, ...]
     evaluations: int
     methods: Mapping[str, Mapping[str, Any]]
-    blocks: tuple[Block, ...]
+    races: tuple[Race, ...]
 
-    def tuning_runs(self, block: Block) -> list[Run]:
-        """Return the runs of a block that learning rates are chosen on."""
-        return [
-            self.run(workload, optimizer, method, lr, seed)
-            for workload, optimizer, lr, method, seed in product(
-                block.workloads, block.optimizers, block.lr, block.methods, self.tune
-            )
-        ]
+    def tuning_runs(self, race: Race) -> list[Run]:
+        """Return the runs that the learning rates of a race are chosen on."""
+        return self._runs(race, race.rates, self.tune)
 
-    def final_runs(self, chosen: Mapping[tuple[str, str, str], Sequence[float]]) -> list[Run]:
-        """Return the runs of the other seeds, with the learning rates chosen for (workload, optimizer, method)."""
-        seeds = [seed for seed in self.seeds if seed not in self.tune]
-        return [self.run(*key, lr, seed) for key, rates in chosen.items() for lr in rates for seed in seeds]
+    def final_runs(self, race: Race, chosen: Mapping[str, Collection[float]]) -> list[Run]:
+        """Return the runs of the other seeds, with the learning rates chosen for each method."""
+        return self._runs(race, chosen, [seed for seed in self.seeds if seed not in self.tune])
 
-    def timed(self) -> dict[str, list[tuple[str, str]]]:
-        """Return of each workload the (optimizer, method) that are timed side by side."""
-        found: dict[str, list[tuple[str, str]]] = {}
-        for block in self.blocks:
-            for workload in block.workloads:
-                found.setdefault(workload, []).extend(product(block.optimizers, block.methods))
-        return {workload: list(dict.fromkeys(pairs)) for workload, pairs in found.items()}
-
-    def run(self, workload: str, optimizer: str, method: str, lr: float, seed: int) -> Run:
+    def run(self, race: Race, method: str, lr: float, seed: int) -> Run:
         """Return one run of this study."""
-        return Run(workload, optimizer, method, lr, seed, self.evaluations, FrozenConfig(self.methods[method]))
+        return Run(race.workload, race.optimizer, method, lr, seed, self.evaluations, self.methods[method])
 
+    def own(self, lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return the lines of runs that are part of this study as it is now: a file may hold others."""
+        possible = [
+            run.as_json()
+            for race in self.races
+            for run in self._runs(race, race.rates, dict.fromkeys([*self.tune, *self.seeds]))
+        ]
+        return [line for line in lines if line.get("run") in possible]
 
-class FrozenConfig(dict[str, Any]):
-    """Settings of a method that can be part of a key."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(sorted(self.items())))
+    def _runs(self, race: Race, rates: Mapping[str, Collection[float]], seeds: Collection[int]) -> list[Run]:
+        return [self.run(race, method, lr, seed) for method, of in rates.items() for lr in of for seed in seeds]
 
 
 def read_study(path: Path) -> Study:
@@ -124,26 +110,49 @@ def read_study(path: Path) -> Study:
 
 def _study(name: str, whole: Mapping[str, Any]) -> Study:
     _known("key", whole, ("tune", "seeds", "evaluations", "methods", "grid"))
-    methods = {PLAIN: {}, **_typed(whole, "methods", dict, {})}
+    methods = _typed(whole, "methods", dict, {})
     for method, settings in methods.items():
-        try:
-            DecorrConfig(**{field: value for field, value in settings.items() if field != CALIBRATE})
-        except (ConfigError, TypeError) as error:
-            raise UsageError(f"method {method!r}: {error}") from None
-        if CALIBRATE in settings:
-            _count(settings, CALIBRATE)
+        _check_method(method, settings)
+    methods = {PLAIN: {}, **methods}
     seeds = _numbers({"seeds": whole.get("seeds", [0])}, "seeds", int, None)
-    return Study(
-        name,
-        tuple(_numbers(whole, "tune", int, seeds)),
-        tuple(seeds),
-        _count({"evaluations": 20, **whole}, "evaluations"),
-        methods,
-        tuple(_block(block, methods) for block in _typed(whole, "grid", list, [])),
-    )
+    (evaluations,) = _numbers({"evaluations": [whole.get("evaluations", 20)]}, "evaluations", int, None)
+    if evaluations < 4:
+        raise UsageError(f"evaluations is {evaluations}; use at least 4")
+    tune = _numbers(whole, "tune", int, seeds)
+    races = _races(_typed(whole, "grid", list, []), methods)
+    return Study(name, tuple(tune), tuple(seeds), evaluations, methods, races)
 
 
-def _block(block: Any, methods: Mapping[str, Any]) -> Block:
+def _check_method(method: str, settings: Any) -> None:
+    if method == PLAIN:
+        raise UsageError(f"{PLAIN!r} is backpropagation, which has no settings; use another name")
+    if not isinstance(settings, dict):
+        raise UsageError(f"method {method!r} is {settings!r}; use a table")
+    try:
+        config = DecorrConfig(**{field: value for field, value in settings.items() if field != CALIBRATE})
+    except (ConfigError, TypeError) as error:
+        raise UsageError(f"method {method!r}: {error}") from None
+    if CALIBRATE not in settings:
+        return
+    if _numbers({CALIBRATE: [settings[CALIBRATE]]}, CALIBRATE, int, None) == [0]:
+        raise UsageError(f"method {method!r}: {CALIBRATE} is 0; use at least 1")
+    if config.rule != "power" or config.center or not config.preserve_function:
+        raise UsageError(f"method {method!r}: {CALIBRATE} is for the rule power, not centred, with weights that follow")
+
+
+def _races(blocks: list[Any], methods: Mapping[str, Any]) -> tuple[Race, ...]:
+    """Return the races of all blocks, those of the goal's optimizer first; what several blocks name is joined."""
+    found: dict[tuple[str, str], dict[str, dict[float, None]]] = {}
+    for block in blocks:
+        _check_block(block, methods)
+        for workload, optimizer, method in product(block["workloads"], block["optimizers"], block["methods"]):
+            rates = found.setdefault((workload, optimizer), {}).setdefault(method, {})
+            rates.update(dict.fromkeys(map(float, block["lr"])))
+    races = [Race(*key, {method: tuple(rates) for method, rates in tried.items()}) for key, tried in found.items()]
+    return tuple(sorted(races, key=lambda race: race.optimizer != GOAL))
+
+
+def _check_block(block: Any, methods: Mapping[str, Any]) -> None:
     if not isinstance(block, dict):
         raise UsageError("grid is no list of tables: write [[grid]]")
     _known("key of [[grid]]", block, ("workloads", "optimizers", "methods", "lr"))
@@ -153,7 +162,6 @@ def _block(block: Any, methods: Mapping[str, Any]) -> Block:
     rates = _numbers(block, "lr", float, None)
     if any(lr <= 0 for lr in rates):
         raise UsageError(f"lr has {min(rates)}; use rates above 0")
-    return Block(tuple(block["workloads"]), tuple(block["optimizers"]), tuple(block["methods"]), tuple(rates))
 
 
 def _known(what: str, names: Any, known: Any) -> None:
@@ -176,10 +184,3 @@ def _numbers(table: Mapping[str, Any], key: str, kind: type, default: Any) -> li
         if isinstance(value, bool) or not isinstance(value, accepted) or value < 0:
             raise UsageError(f"{key} has {value!r}; use numbers of at least 0")
     return [kind(value) for value in values]
-
-
-def _count(table: Mapping[str, Any], key: str) -> int:
-    (value,) = _numbers({key: [table[key]]}, key, int, None)
-    if value == 0:
-        raise UsageError(f"{key} is 0; use at least 1")
-    return value

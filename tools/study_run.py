@@ -4,15 +4,15 @@ import json
 import math
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from study_grid import CALIBRATE, PLAIN, Run
 from study_workloads import WORKLOADS, Source, Workload
-from torch import nn
 from train_loop import Contender, score_of
 from train_settings import Settings, parse_settings
 
@@ -23,22 +23,24 @@ CPU = torch.device("cpu")
 
 
 def contender_of(run: Run, steps: int) -> Contender:
-    """Return the run's model, from weights that depend on the seed alone, ready to train for so many steps."""
+    """Return the run's model, from weights that depend on the seed alone, ready to train for so many steps.
+
+    Its clock shows what calibrating took.
+    """
     torch.manual_seed(run.seed)
-    model = WORKLOADS[run.workload].build()
-    return Contender(run.method, _transformed(model, run), _settings(run), steps)
-
-
-def _transformed(model: nn.Module, run: Run) -> nn.Module:
-    if run.method == PLAIN:
-        return model
     workload, config = WORKLOADS[run.workload], dict(run.config)
-    batches = workload.data.load(run.seed).training_batches(workload.batch_size, run.seed, CPU)
-    inputs = [x for x, _ in islice(batches, config.pop(CALIBRATE, 0) or 1)]
-    model = decorr_fx.transform(model, decorr_fx.DecorrConfig(**config), example_inputs=inputs[0])
-    if CALIBRATE in run.config:
-        decorr_fx.calibrate(model, inputs)
-    return model
+    model, seconds = workload.build(), 0.0
+    if run.method != PLAIN:
+        batches = workload.data.load(run.seed).training_batches(workload.batch_size, run.seed, CPU)
+        inputs = [x for x, _ in islice(batches, config.pop(CALIBRATE, 1))]
+        model = decorr_fx.transform(model, decorr_fx.DecorrConfig(**config), example_inputs=inputs[0])
+        if CALIBRATE in run.config:
+            start = perf_counter()
+            decorr_fx.calibrate(model, inputs)
+            seconds = perf_counter() - start
+    contender = Contender(run.method, model, _settings(run), steps)
+    contender.seconds = seconds
+    return contender
 
 
 def _settings(run: Run) -> Settings:
@@ -101,10 +103,6 @@ class Results:
         self.lines.append(dict(line))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-    def on(self, seeds: Collection[int]) -> list[dict[str, Any]]:
-        """Return the lines of the runs on these seeds."""
-        return [line for line in self.lines if "run" in line and line["run"]["seed"] in seeds]
 
     def of(self, run: Run) -> dict[str, Any] | None:
         """Return the line of a run, if it was made."""

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from study_grid import PLAIN
+import numpy as np
+from study_clock import Key
+from study_grid import GOAL, PLAIN
 
 PARTS = (1.0, 0.75, 0.5)  # of the budget, whose accuracies are targets
 History = Sequence[Sequence[float]]  # rows of (step, training loss, validation loss, validation accuracy)
@@ -26,34 +28,35 @@ class Tried:
 
     lr: float
     histories: Mapping[int, History]
-    tests: Sequence[float]
+    tests: Mapping[int, float]
     budget: int
 
     @property
-    def diverged(self) -> int:
-        """How many seeds did not come to the end."""
-        return len(self.histories) - len(self.tests)
+    def whole(self) -> list[int]:
+        """The seeds that came to the end: the others diverged."""
+        return [seed for seed, history in self.histories.items() if history and history[-1][0] >= self.budget]
 
     def accuracy_at(self, part: float, seed: int) -> float:
-        """Return the validation accuracy after a part of the budget; 0 where the seed diverged."""
-        history = self.histories[seed]
-        if not history or history[-1][0] < self.budget:
-            return 0.0
-        return max(row for row in history if row[0] <= part * self.budget)[3]
+        """Return the validation accuracy after a part of the budget, on the line through the evaluations."""
+        steps, accuracies = [row[0] for row in self.histories[seed]], [row[3] for row in self.histories[seed]]
+        return float(np.interp(part * self.budget, steps, accuracies))
 
     def final_accuracy(self) -> float:
-        """Return the mean over seeds of the validation accuracy at the end."""
-        return statistics.mean(self.accuracy_at(1.0, seed) for seed in self.histories)
+        """Return the mean over seeds of the validation accuracy at the end, 0 for one that diverged."""
+        return sum(self.accuracy_at(1.0, seed) for seed in self.whole) / len(self.histories)
 
     def steps_of_seeds(self, target: Target) -> dict[int, float]:
-        """Return the steps of each seed to its target; those that do not reach it are left out."""
-        steps = {seed: steps_to(self.histories[seed], target[seed]) for seed in self.histories if seed in target}
+        """Return the steps of each seed to its target; those that do not reach it, or diverge later, are left out."""
+        steps = {seed: steps_to(self.histories[seed], target[seed]) for seed in self.whole if seed in target}
         return {seed: step for seed, step in steps.items() if step is not None}
 
     def steps_to(self, target: Target) -> float | None:
         """Return the mean over seeds of the steps to their targets, or None where one does not reach it."""
         steps = self.steps_of_seeds(target)
         return statistics.mean(steps.values()) if len(steps) == len(self.histories.keys() & target.keys()) > 0 else None
+
+
+TriedRates = Mapping[Key, Sequence[Tried]]
 
 
 def steps_to(history: History, accuracy: float) -> float | None:
@@ -106,31 +109,60 @@ class Summary:
         return None if own is None or plain is None else own / plain
 
 
-def summarise(lines: Iterable[Mapping[str, Any]]) -> list[Summary]:
+def summarise(tried: TriedRates) -> list[Summary]:
     """Return the summaries of all methods, of one workload and optimizer together, the plain one first."""
-    tried = collect(lines)
     found = []
-    for workload, optimizer in dict.fromkeys((workload, optimizer) for workload, optimizer, _ in tried):
-        plain = tried.get((workload, optimizer, PLAIN))
-        if plain is None:
-            continue  # nothing to compare with
-        best = max(on_all_seeds(plain), key=Tried.final_accuracy)
-        targets = [{seed: best.accuracy_at(part, seed) for seed in best.histories} for part in PARTS]
+    for workload, optimizer in dict.fromkeys(key[:2] for key in tried if (*key[:2], PLAIN) in tried):
+        best = best_of_plain(tried[workload, optimizer, PLAIN])
+        targets = [target_of(best, part) for part in PARTS]
         methods = [method for w, o, method in tried if (w, o) == (workload, optimizer)]
         for method in sorted(methods, key=lambda name: name != PLAIN):
             rates = tried[workload, optimizer, method]
-            own = best if method == PLAIN else best_of(on_all_seeds(rates), targets[0])
+            own = best if method == PLAIN else best_of(rates, targets[0])
             same = next((t for t in rates if t.lr == best.lr), None)
             found.append(Summary(workload, optimizer, method, own, best, same, len(rates), targets))
     return found
 
 
-def collect(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[Tried]]:
-    """Return what was tried of each (workload, optimizer, method)."""
-    by_rate: dict[tuple[str, str, str], dict[float, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+def goals_of(tried: TriedRates) -> dict[str, Target]:
+    """Return of each workload the best accuracies of plain backpropagation by one optimizer, GOAL."""
+    return {
+        workload: target_of(best_of_plain(rates), 1.0)
+        for (workload, optimizer, method), rates in tried.items()
+        if (optimizer, method) == (GOAL, PLAIN)
+    }
+
+
+def chosen_rates(tried: TriedRates, workload: str, optimizer: str) -> dict[str, set[float]]:
+    """Return the learning rates of each method that are worth the other seeds, by the tuning seeds.
+
+    They are its best for the plain method's target, its best for the goal, and the plain method's best.
+    """
+    plain, goal = best_of_plain(tried[workload, optimizer, PLAIN]), goals_of(tried).get(workload)
+    chosen = {}
+    for (w, o, method), rates in tried.items():
+        if (w, o) == (workload, optimizer):
+            best = plain if method == PLAIN else best_of(rates, target_of(plain, 1.0))
+            chosen[method] = {plain.lr, best.lr, *([best_of(rates, goal).lr] if goal else [])}
+    return chosen
+
+
+def best_of_plain(rates: Sequence[Tried]) -> Tried:
+    """Return the learning rate with the best end."""
+    return max(on_all_seeds(rates), key=Tried.final_accuracy)
+
+
+def target_of(best: Tried, part: float) -> Target:
+    """Return the accuracies after a part of the budget, of the seeds that did not diverge."""
+    return {seed: best.accuracy_at(part, seed) for seed in best.whole}
+
+
+def collect(lines: Iterable[Mapping[str, Any]]) -> TriedRates:
+    """Return what was tried of each (workload, optimizer, method), from the lines of runs."""
+    by_rate: dict[Key, dict[float, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        if (run := line.get("run")) is not None:
-            by_rate[run["workload"], run["optimizer"], run["method"]][run["lr"]].append(line)
+        run = line["run"]
+        by_rate[run["workload"], run["optimizer"], run["method"]][run["lr"]].append(line)
     return {key: [_tried(lr, of_rate) for lr, of_rate in sorted(rates.items())] for key, rates in by_rate.items()}
 
 
@@ -138,7 +170,7 @@ def _tried(lr: float, lines: Sequence[Mapping[str, Any]]) -> Tried:
     return Tried(
         lr,
         {line["run"]["seed"]: line["history"] for line in lines},
-        [line["test"][1] for line in lines if line["test"] is not None],
+        {line["run"]["seed"]: line["test"][1] for line in lines if line["test"] is not None},
         lines[0]["budget"],
     )
 
@@ -151,7 +183,8 @@ def on_all_seeds(rates: Sequence[Tried]) -> list[Tried]:
 
 def best_of(rates: Sequence[Tried], target: Target) -> Tried:
     """Return the learning rate by which the target is reached soonest, or else that with the best end."""
-    reaching = [(steps, tried) for tried in rates if (steps := tried.steps_to(target)) is not None]
+    candidates = on_all_seeds(rates)
+    reaching = [(steps, tried) for tried in candidates if (steps := tried.steps_to(target)) is not None]
     if reaching:
         return min(reaching, key=lambda pair: pair[0])[1]
-    return max(rates, key=Tried.final_accuracy)
+    return max(candidates, key=Tried.final_accuracy)

@@ -11,10 +11,11 @@ import torch
 import train_sources
 from muon import Muon
 from study import main
+from study_clock import Clock
 from study_grid import Run, read_study
 from study_report import goal_table
 from study_run import perform
-from study_summary import Tried, steps_to, summarise
+from study_summary import Summary, Tried, collect, steps_to, summarise
 from study_workloads import CONTEXT, WORKLOADS, Text
 from torch import nn
 from train_settings import UsageError
@@ -55,7 +56,9 @@ def test_a_study_tunes_on_one_seed_runs_the_others_and_goes_on_where_it_was(
     assert [run.seed for run in runs].count(0) == 4
     assert 2 <= [run.seed for run in runs].count(1) <= 3  # the best rate of each, and the plain one's
     assert all(len(line["history"]) == 4 and line["threads"] == 1 for line in lines if "run" in line)
-    assert [pair[:2] for line in lines for pair in line.get("milliseconds", ())] == [["sgd", "plain"], ["sgd", "power"]]
+    timed = [timed for line in lines for timed in line.get("timed", ())]
+    assert [(one["optimizer"], one["method"]) for one in timed] == [("sgd", "plain"), ("sgd", "power")]
+    assert all(sorted(one["seconds"]) == one["seconds"] for one in timed)
     assert (tmp_path / "study-small.png").stat().st_size > 5000
 
     whole = path.read_text()
@@ -96,7 +99,7 @@ def test_a_run_that_diverges_is_recorded_and_chosen_by_nobody() -> None:
     line = perform(Run("digits", "sgd", "plain", 1e6, 0, 4))
     assert line["diverged"] and line["test"] is None
     good = perform(Run("digits", "sgd", "plain", 0.1, 0, 4))
-    (summary,) = summarise([line, good])
+    (summary,) = summary_of([line, good])
     assert summary.best.lr == 0.1 and summary.rates == 2
 
 
@@ -120,7 +123,9 @@ def test_a_run_depends_on_what_names_it_alone() -> None:
         ("[0.01, 0.1]", "[]", "lr is"),
         ("[0, 1]", "[0.5]", "seeds has 0.5"),
         ("seeds = [0, 1]", "seeds = []", "seeds is"),
-        ("evaluations = 4", "evaluations = 0", "evaluations is 0"),
+        ("evaluations = 4", "evaluations = 3", "evaluations is 3"),
+        ("[methods.power]", "[methods.plain]", "'plain' is backpropagation"),
+        ('rule = "power"', 'rule = "dbp"\ncalibrate = 2', "calibrate is for the rule power"),
         ('rule = "power"', "calibrate = 0", "calibrate is 0"),
         ('rule = "power"', "calibrate = 1.5", "calibrate has 1.5"),
         ("tune = [0]", "tunes = [0]", "no key 'tunes'"),
@@ -156,7 +161,7 @@ def test_a_study_is_not_run_on_other_images(
 def test_the_committed_studies_can_be_read_and_are_of_the_defaults() -> None:
     for path in (TOOLS / "studies").glob("*.toml"):
         study = read_study(path)
-        assert all(study.tuning_runs(block) for block in study.blocks)
+        assert all(study.tuning_runs(race) for race in study.races)
         assert DecorrConfig(**study.methods["power"]) == DecorrConfig()
         assert DecorrConfig(**study.methods.get("dbp", RECIPES["dbp"])) == DecorrConfig.recipe("dbp")
 
@@ -167,6 +172,10 @@ def test_steps_to_an_accuracy_are_read_off_the_line_through_the_evaluations() ->
     assert steps_to(history, 0.6) == pytest.approx(15)
     assert steps_to(history, 0.75) == pytest.approx(37.5)
     assert steps_to(history, 0.9) is None
+
+
+def summary_of(lines: list[dict[str, Any]]) -> list[Summary]:
+    return summarise(collect(lines))
 
 
 def line_of(method: str, lr: float, seed: int, accuracies: list[float]) -> dict[str, Any]:
@@ -186,7 +195,7 @@ def test_targets_are_what_the_best_plain_rate_reaches_and_rates_are_chosen_by_th
         line_of("plain", 0.1, 0, [0.1, 0.2, 0.3, 0.4]), line_of("plain", 0.2, 0, [0.2, 0.4, 0.5, 0.6]),
         line_of("fast", 0.1, 0, [0.5, 0.55, 0.58, 0.59]), line_of("fast", 0.4, 0, [0.3, 0.6, 0.6, 0.6]),
     ]  # fmt: skip
-    plain, fast = summarise(lines)
+    plain, fast = summary_of(lines)
     assert plain.targets == [{0: 0.6}, {0: 0.5}, {0: 0.4}] and plain.steps == [40, 30, 20] and plain.best.lr == 0.2
     assert fast.best.lr == 0.4 and fast.steps[0] == 20 and fast.ratios[0] == 0.5
     assert fast.at_plain_rate is None
@@ -195,21 +204,59 @@ def test_targets_are_what_the_best_plain_rate_reaches_and_rates_are_chosen_by_th
 
 def test_rates_of_the_tuning_seeds_alone_do_not_stand_beside_those_of_all() -> None:
     lines = [line_of("plain", 0.1, seed, [0.1, 0.5]) for seed in (0, 1)] + [line_of("plain", 0.2, 0, [0.9, 0.9])]
-    (plain,) = summarise(lines)
+    (plain,) = summary_of(lines)
     assert plain.best.lr == 0.1 and plain.targets[0] == {0: 0.5, 1: 0.5} and plain.rates == 2
 
 
 def test_a_target_is_that_of_the_same_seed() -> None:
     lines = [line_of("plain", 0.1, 0, [0.1, 0.5]), line_of("plain", 0.1, 1, [0.2, 0.9])]
     lines += [line_of("fast", 0.1, 0, [0.5, 0.6]), line_of("fast", 0.1, 1, [0.9, 0.9])]
-    plain, fast = summarise(lines)
+    plain, fast = summary_of(lines)
     assert plain.steps[0] == 20 and fast.steps[0] == 10 and fast.ratios[0] == 0.5
-    _, tuned_only = summarise(lines[:3])
+    _, tuned_only = summary_of(lines[:3])
     assert tuned_only.steps[0] == 10 and tuned_only.ratios[0] == 0.5
 
 
+def test_a_run_that_diverges_reaches_nothing_and_sets_no_target() -> None:
+    lines = [line_of("plain", 0.1, seed, [0.2, 0.4, 0.5, 0.6]) for seed in (0, 1)]
+    lines += [line_of("fast", 0.1, 0, [0.6, 0.7, 0.7, 0.7]), line_of("fast", 0.2, 0, [0.7, 0.7, 0.7, 0.7])]
+    lines[1] |= {"history": lines[1]["history"][:2], "test": None, "diverged": 30}
+    lines[3] |= {"history": lines[3]["history"][:2], "test": None, "diverged": 30}
+    plain, fast = summary_of(lines)
+    assert plain.targets[0] == {0: 0.6} and plain.steps[0] == 40
+    assert fast.best.lr == 0.1 and fast.ratios[0] == 0.25
+
+
+def test_rates_are_chosen_by_the_own_target_and_by_the_goal() -> None:
+    adam = [line_of("plain", 0.1, 0, [0.2, 0.4, 0.8, 0.9])]
+    sgd = [line_of("plain", 0.1, 0, [0.1, 0.2, 0.3, 0.5]), line_of("plain", 0.2, 0, [0.1, 0.2, 0.3, 0.4])]
+    sgd += [line_of("fast", 0.2, 0, [0.5, 0.6, 0.6, 0.6]), line_of("fast", 0.3, 0, [0.1, 0.5, 0.8, 0.92])]
+    for line in sgd:
+        line["run"] |= {"optimizer": "sgd"}
+    assert chosen_rates(collect([*adam, *sgd]), "cnn", "sgd") == {"plain": {0.1}, "fast": {0.1, 0.2, 0.3}}
+    assert goal_table(collect([*adam, *sgd]), {}).splitlines()[-1].count("by 0 of 1") == 1
+
+
+def test_runs_with_other_settings_are_not_part_of_a_study(grid: Path) -> None:
+    study = read_study(grid)
+    (race,) = study.races
+    run = study.run(race, "power", 0.1, 1)
+    others = [replace(run, lr=0.2), replace(run, config={"rule": "dbp"}), replace(run, seed=7)]
+    lines = [{"run": one.as_json()} for one in [run, *others]]
+    assert study.own([*lines, {"timing": "digits"}]) == lines[:1]
+
+
+def test_blocks_on_the_same_are_one_race(grid: Path) -> None:
+    block = (
+        '\n[[grid]]\nworkloads = ["digits"]\noptimizers = ["adam", "sgd"]\nmethods = ["plain"]\nlr = [0.1, 1e-1, 1.0]\n'
+    )
+    grid.write_text(GRID + block)
+    adam, sgd = read_study(grid).races
+    assert adam.optimizer == "adam" and sgd.rates == {"plain": (0.01, 0.1, 1.0), "power": (0.01, 0.1)}
+
+
 def test_a_seed_that_does_not_reach_a_target_is_not_left_out() -> None:
-    tried = Tried(0.1, {0: [[10, 0, 0, 0.9]], 1: [[10, 0, 0, 0.5]]}, [0.9, 0.5], 10)
+    tried = Tried(0.1, {0: [[10, 0, 0, 0.9]], 1: [[10, 0, 0, 0.5]]}, {0: 0.9, 1: 0.5}, 10)
     assert tried.steps_to({0: 0.8, 1: 0.8}) is None and tried.steps_to({0: 0.8, 1: 0.5}) == 10
 
 
@@ -279,6 +326,10 @@ def test_everything_is_compared_by_the_best_of_plain_adam() -> None:
     lines = [line_of("plain", 0.1, 0, [0.2, 0.4, 0.5, 0.6]), line_of("fast", 0.4, 0, [0.3, 0.6, 0.6, 0.6])]
     other = line_of("plain", 0.1, 0, [0.1, 0.2, 0.3, 0.5])
     other["run"] = {**other["run"], "optimizer": "sgd"}
-    table = goal_table(summarise([*lines, other]), {"cnn": {("adam", "plain"): 100.0, ("adam", "fast"): 150.0}})
+    clocks = {
+        ("cnn", "adam", "plain"): Clock([0, 10], [0, 1.0]),
+        ("cnn", "adam", "fast"): Clock([0, 10, 15], [0, 2, 2.5]),
+    }
+    table = goal_table(collect([*lines, other]), clocks)
     cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
     assert cells == ["cnn, 60.0%", "40, 4.0 s", "20, 3.0 s", "by 0 of 1"]
