@@ -81,12 +81,12 @@ class Study:
 
     def own(self, lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Return the lines of runs that are part of this study as it is now: a file may hold others."""
-        possible = [
-            run.as_json()
-            for race in self.races
-            for run in self._runs(race, race.rates, dict.fromkeys([*self.tune, *self.seeds]))
-        ]
-        return [line for line in lines if line.get("run") in possible]
+        seeds, possible = {*self.tune, *self.seeds}, []
+        for race in self.races:
+            rates = {lr for of_method in race.rates.values() for lr in of_method}
+            possible += self._runs(race, dict.fromkeys(race.rates, rates), seeds)
+        runs = [run.as_json() for run in possible]
+        return [line for line in lines if line.get("run") in runs]
 
     def _runs(self, race: Race, rates: Mapping[str, Collection[float]], seeds: Collection[int]) -> list[Run]:
         return [self.run(race, method, lr, seed) for method, of in rates.items() for lr in of for seed in seeds]

@@ -15,7 +15,7 @@ from study_clock import Clock
 from study_grid import Run, read_study
 from study_report import goal_table
 from study_run import perform
-from study_summary import Summary, Tried, collect, steps_to, summarise
+from study_summary import Summary, Tried, chosen_rates, collect, steps_to, summarise
 from study_workloads import CONTEXT, WORKLOADS, Text
 from torch import nn
 from train_settings import UsageError
@@ -247,12 +247,10 @@ def test_runs_with_other_settings_are_not_part_of_a_study(grid: Path) -> None:
 
 
 def test_blocks_on_the_same_are_one_race(grid: Path) -> None:
-    block = (
-        '\n[[grid]]\nworkloads = ["digits"]\noptimizers = ["adam", "sgd"]\nmethods = ["plain"]\nlr = [0.1, 1e-1, 1.0]\n'
-    )
+    block = GRID[GRID.index("[[grid]]") :].replace('"sgd"', '"adam", "sgd"').replace("[0.01, 0.1]", "[0.1, 1e-1, 1.0]")
     grid.write_text(GRID + block)
     adam, sgd = read_study(grid).races
-    assert adam.optimizer == "adam" and sgd.rates == {"plain": (0.01, 0.1, 1.0), "power": (0.01, 0.1)}
+    assert adam.optimizer == "adam" and sgd.rates == dict.fromkeys(["plain", "power"], (0.01, 0.1, 1.0))
 
 
 def test_a_seed_that_does_not_reach_a_target_is_not_left_out() -> None:
