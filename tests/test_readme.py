@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_report import markdown_table
+from bench_report import markdown_table as table_of_costs
+from study_clock import clocks_of
+from study_grid import read_study
+from study_report import goal_table, markdown_table
+from study_run import Results
+from study_summary import collect, summarise
 from torch import nn
 from zoo_report import coverage_table
 
@@ -63,7 +68,15 @@ def test_the_coverage_table_is_made_of_the_committed_results() -> None:
 
 
 def test_the_table_of_costs_is_made_of_the_committed_results() -> None:
-    assert markdown_table(ROOT / "tools" / "results" / "bench-cpu.json") in README
+    assert table_of_costs(ROOT / "tools" / "results" / "bench-cpu.json") in README
+
+
+def test_the_tables_of_learning_are_made_of_the_committed_results() -> None:
+    study = read_study(ROOT / "tools" / "studies" / "full.toml")
+    lines = Results(ROOT / "tools" / "results" / "study-full.jsonl").lines
+    tried, clocks = collect(study.own(lines)), clocks_of(lines, study.methods)
+    assert goal_table(tried, clocks) in README
+    assert markdown_table(summarise(tried), clocks) in (ROOT / "docs" / "learning.md").read_text()
 
 
 def test_the_set_up_lines_are_those_that_ci_runs() -> None:
