@@ -51,7 +51,7 @@ class Example:
             self.call(model)
         except Exception as error:  # whatever the user's code makes of the inputs
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ModelError(f"the model does not run on {what} in train mode: {problem}") from error
+            raise ModelError(f"the model does not run on {what}: {problem}") from error
 
     def of_batch(self, size: int) -> "Example":
         """Return the same with the rows of each tensor repeated, or cut, to `size`."""

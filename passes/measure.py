@@ -48,7 +48,7 @@ def measure_works(model: nn.Module, settings: Settings, example: Example) -> dic
         vars(site).update(seen_rows=0, seen_inputs=0)
     try:
         with random_numbers_kept(probe):
-            example.run(probe, "example_inputs")
+            example.run(probe, "example_inputs in train mode")
     finally:
         _retire(sites)
     measured = [site for site in sites if isinstance(site, MeasuredSite) and site.seen_rows]

@@ -147,7 +147,7 @@ def test_a_batch_may_be_given_in_any_form(form: Callable[[Tensor], Any]) -> None
 @pytest.mark.parametrize(
     ("spoil", "error", "told"),
     [
-        (lambda x: (x, torch.zeros(8)), ModelError, "does not run on batch 2 in train mode: .*without labels"),
+        (lambda x: (x, torch.zeros(8)), ModelError, "does not run on batch 2: .*without labels"),
         (lambda x: x[:, :1], ModelError, "does not run on batch 2"),
         (lambda x: x * float("nan"), LayerError, "layer '0': its input is not finite for batch 2"),
     ],
