@@ -6,7 +6,7 @@ its optional arguments, and with every branch on a value taken or not.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import product
 from typing import Any
@@ -46,6 +46,11 @@ class GlimpseTracer(LayerTracer):
         super().__init__()
         self.answer = answer
         self._steps = 0
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """Look at the forward itself, past its decorators: fx cannot give `**kwargs` to a wrapper."""
+        arguments: tuple[Any, list[Any]] = super().create_args_for_root(inspect.unwrap(root_fn), *args, **kwargs)
+        return arguments
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a node, whatever the modes are."""

@@ -7,7 +7,6 @@ module does in Python around its layers stays Python.
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -161,8 +160,15 @@ def _with_traceable_output_padding(module: _ConvTransposeNd) -> _ConvTransposeNd
     return module
 
 
+@dataclass(frozen=True)
+class _Padded:
+    """All of a transposed convolution that `_output_padding` reads; of a class that torch.compile can trace."""
+
+    output_padding: list[int]
+
+
 def resolve_output_padding(input: Tensor, output_size: Any, default: tuple[int, ...], *geometry: Any) -> list[int]:
     """Return the output padding of a transposed convolution that was asked for `output_size` (or None)."""
     torch_own: Any = _ConvTransposeNd._output_padding
-    padding: list[int] = torch_own(SimpleNamespace(output_padding=list(default)), input, output_size, *geometry)
+    padding: list[int] = torch_own(_Padded(list(default)), input, output_size, *geometry)
     return padding

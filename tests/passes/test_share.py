@@ -1,12 +1,16 @@
 """Layers that read the same value share one R: who does, and that the step of it is right for all of them."""
 
 import copy
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from cases import GatedMlp
+from factors import is_identity
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
@@ -85,6 +89,25 @@ def test_who_shares(rule: object, expected: dict[str, str]) -> None:
     assert shares(Branches(rule), DecorrConfig(share_inputs=False)) == {}
 
 
+def decorated(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+def test_layers_of_a_decorated_forward_share_too() -> None:
+    """As transformers decorates its attention, whose forward takes further keywords."""
+
+    class Decorated(Branches):
+        @decorated
+        def forward(self, x: Tensor, memory: Tensor | None = None, **kwargs: Any) -> Tensor:
+            return all_on_one(self, x, memory)
+
+    assert shares(Decorated(None)) == {"k": "q", "v": "q"}
+
+
 def test_real_models_share_what_they_should() -> None:
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=20, **small))
@@ -138,9 +161,9 @@ def test_a_shared_site_learns_folds_and_loads() -> None:
     for _ in range(3):
         train(model, x)
     assert len(list(sites_of(model))) == 2
-    assert [key for key in model.state_dict() if key.endswith("decorr.R")] == [
-        "gate.weight_decorr.R",
-        "down.weight_decorr.R",
+    assert [key for key in model.state_dict() if key.endswith("decorr.V")] == [
+        "gate.weight_decorr.V",
+        "down.weight_decorr.V",
     ]
     folded = decorr_fx.fold(model)
     torch.testing.assert_close(folded(x), model(x))
@@ -149,7 +172,7 @@ def test_a_shared_site_learns_folds_and_loads() -> None:
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(x), model(x))
     other.load_state_dict(plain.state_dict())  # of a plain model: R is the identity again, for both
-    assert torch.equal(next(sites_of(other)).R[0], torch.eye(6))
+    assert is_identity(next(sites_of(other)))
 
 
 def test_a_copy_has_an_R_of_its_own_for_all_its_layers() -> None:
