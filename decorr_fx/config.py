@@ -16,7 +16,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "rule": "dbp", "structure": "full", "decor_lr": 1e-4, "kappa": 0.01, "sample_fraction": 0.1,
         "max_samples": 4096, "update_every": 1, "preserve_function": False,
     },
-    "dbp": {"rule": "dbp", "decor_lr": 0.16, "update_every": 8},
+    "dbp": {"rule": "dbp", "decor_lr": 0.16, "update_every": 8, "max_samples": 256},
 }  # fmt: skip
 
 
@@ -25,13 +25,20 @@ class DecorrConfig:
     """How the decorrelating matrix R of a layer is shaped, and how it learns.
 
     Attributes:
-        rule: what a step of R does. `dbp`: decorrelated backpropagation (arXiv 2405.02385); `dbp-normalized`: its
-            variant with C divided by d - 1 and V doubled; `crgd`: demeaned rows and a norm-keeping gain (arXiv
-            2407.10780); `power`: a closed form from running moments of x, see `power`.
-        structure: shape of R over the d features of a row. `full`: d x d. `kronecker`: channels (x) kernel taps.
-            `channels`: over channels alone, the same for each tap. `block`: blocks of at most `max_dim` features.
-            `auto`: the richest that `cost_budget` allows, of full up to `max_dim` features, the Kronecker pair for a
-            convolution or its channels alone, and blocks of at most `max_dim` channels.
+        rule: what a step of R does. `power`: a closed form from running moments of x, which shrinks the directions in
+            which x is largest. Small steps: `dbp`, decorrelated backpropagation (arXiv 2405.02385); `dbp-normalized`,
+            its variant with C divided by d - 1 and V doubled; `crgd`, demeaned rows and a norm-keeping gain (arXiv
+            2407.10780).
+        rank: of the rule `power`: how many directions R shrinks; in all others it is the identity. A layer of fewer
+            features has as many directions as features.
+        power: of the rule `power`: exponent p of `R = (I + Sigma / delta)^-p`, in [0, 0.5]. 0.5 is whitening; the steps
+            of W are preconditioned by R^T R, which goes with 2 p.
+        damping: of the rule `power`: delta as a part of the mean eigenvalue of Sigma. The larger it is, the less is
+            shrunk.
+        structure: of the rules of small steps: shape of R over the d features of a row. `full`: d x d. `kronecker`:
+            channels (x) kernel taps. `channels`: over channels alone, the same for each tap. `block`: blocks of at most
+            `max_dim` features. `auto`: the richest that `cost_budget` allows, of full up to `max_dim` features, the
+            Kronecker pair for a convolution or its channels alone, and blocks of at most `max_dim` channels.
         cost_budget: most extra FLOP of a training step that `auto` takes, as a part of the model's own; half of it goes
             to the layers by their own FLOP, half evenly. Counted for a batch of 128 examples: how many rows an example
             gives a layer, `transform` learns from its `example_inputs`; without them, 4096 rows a step are assumed.
@@ -41,15 +48,9 @@ class DecorrConfig:
         kappa: weight of the variance error against the correlation, in [0, 1]. 0 decorrelates only, 1 normalises only.
             `crgd` and `power` have no such trade-off and ignore it.
         sample_fraction: part of the rows of each forward that is recorded, in (0, 1].
-        power: exponent p of the rule `power`, R = c (Sigma + damping)^-p, in [0, 0.5]. 0.5 is whitening; the steps of W
-            are preconditioned by R^T R, which goes with 2 p.
-        damping: part of Sigma's mean eigenvalue that the rule `power` adds to all of them.
-        gain: norm of the decorrelated rows over that of the plain ones, by the rule `power`. A step of W goes as far as
-            its inputs are large: half the gain is, for Adam, half the learning rate. Where weights do not follow, use
-            1: the outputs of each layer shrink, otherwise.
-        max_samples: rows that each factor of R steps on. A layer keeps as many samples of its input between two steps
-            of R, or fewer where a patch of a convolution gives a Kronecker pair several rows; later ones then replace
-            earlier ones.
+        max_samples: rows that R, or each factor of it, steps on. A layer keeps as many samples of its input between two
+            steps of R, or fewer where a patch of a convolution gives a Kronecker pair several rows; later ones then
+            replace earlier ones.
         update_every: R moves at one of n steps of the optimizer, on the rows of the forwards right before it; n grows
             from 1 to this number, one every so many steps.
         center: subtract the running mean of the rows in the forward, too. It is folded into the bias, so a layer
@@ -63,15 +64,15 @@ class DecorrConfig:
     """
 
     rule: RuleName = "power"
+    rank: int = 32
+    power: float = 0.5
+    damping: float = 0.3
     structure: StructureName = "auto"
     cost_budget: float = 0.05
     decor_lr: float | Callable[[int], float] = 0.08
     kappa: float = 0.5
-    power: float = 0.25
-    damping: float = 0.01
-    gain: float = 0.5
     sample_fraction: float = 1.0
-    max_samples: int = 256
+    max_samples: int = 64
     update_every: int = 16
     center: bool = False
     preserve_function: bool = True
@@ -81,15 +82,19 @@ class DecorrConfig:
     def __post_init__(self) -> None:
         self._one_of("rule", get_args(RuleName))
         self._one_of("structure", get_args(StructureName))
+        if self.rule == "power" and self.structure != "auto":
+            raise ConfigError(
+                f"structure is {self.structure!r}, which is for other rules: R of 'power' has a rank instead; "
+                "leave structure at 'auto', or use rule='dbp'"
+            )
         if not callable(self.decor_lr):
             self._between("decor_lr", 0.0, math.inf)
         self._between("cost_budget", 0.0, math.inf)
         self._between("kappa", 0.0, 1.0)
         self._between("power", 0.0, 0.5)
         self._between("damping", math.ulp(0.0), math.inf)  # above 0: an input that never varies has no root
-        self._between("gain", math.ulp(0.0), math.inf)
         self._between("sample_fraction", math.ulp(0.0), 1.0)  # above 0: no row would ever be recorded
-        for name in ("max_samples", "update_every", "max_dim"):
+        for name in ("rank", "max_samples", "update_every", "max_dim"):
             self._positive_int(name)
         for name in ("center", "preserve_function", "share_inputs"):
             if not isinstance(getattr(self, name), bool):

@@ -6,6 +6,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from decorr_fx.ops.structure import identity_factors
+from decorr_fx.runtime.state import Site
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -49,6 +52,17 @@ def sites(draw: st.DrawFn) -> Drawn:
     x = draw(st.sampled_from([0.1, 1.0, 10.0])) * torch.randn(stacks[0], used + unused, *sides, **options)
     x[:, used:] = 0
     return Drawn(factors, x, used)
+
+
+def dense_R(V: Tensor) -> Tensor:
+    """Return R of `V [rank, d]` as one matrix."""
+    return torch.eye(V.shape[1], dtype=V.dtype) - V.T @ V
+
+
+def is_identity(site: Site) -> bool:
+    """Tell whether R has never moved."""
+    identity = identity_factors(site.spec.layout, site.rows.device, site.rows.dtype)
+    return all(torch.equal(factor, start) for factor, start in zip(site.factors, identity, strict=True))
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

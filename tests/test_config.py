@@ -15,7 +15,7 @@ from decorr_fx import ConfigError, DecorrConfig, DecorrError
         ("decor_lr", float("inf")), ("decor_lr", "0.1"), ("kappa", -0.01), ("kappa", 1.01), ("kappa", True),
         ("sample_fraction", 0.0), ("sample_fraction", 1.5), ("max_samples", 0), ("max_samples", 2.5),
         ("power", -0.1), ("power", 0.6), ("damping", 0.0), ("damping", float("inf")),
-        ("gain", 0.0), ("gain", -1.0),
+        ("rank", 0), ("rank", 2.0), ("structure", "full"),  # which is for the other rules
         ("update_every", 0), ("update_every", True), ("center", 1), ("preserve_function", "yes"), ("max_dim", -3),
     ],
 )  # fmt: skip

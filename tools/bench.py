@@ -1,7 +1,7 @@
 """Measure a training step, side by side in one process: the plain model, decorrelation, the textbook form, and peers.
 
-    python tools/bench.py --model resnet18 --batch 32 --size 64        one case: the plain model and structure "auto"
-    python tools/bench.py --methods auto full textbook muon soap       others
+    python tools/bench.py --model resnet18 --batch 32 --size 64        one case: the plain model and the default rule
+    python tools/bench.py --methods power dbp-full textbook muon       others
     python tools/bench.py --suite cpu                                  the cases that bars are set for (or gpu)
     python tools/bench.py --sweep batch d samples                      growth, in one picture
     python tools/bench.py --suite cpu --table                          a Markdown table of what was measured

@@ -39,7 +39,7 @@ class Case:
     channels_last: bool = False
     compile: bool = False
     device: str = "cpu"
-    methods: tuple[str, ...] = ("auto",)
+    methods: tuple[str, ...] = ("power",)
     max_samples: int | None = None
     width: int = 256
     bars: Bars = Bars()
@@ -55,7 +55,7 @@ class Case:
 
 
 # SOAP and Shampoo take minutes for a step of ResNet-18 on two cores: they are left to the GPU
-_METHODS_ON_CPU = ("auto", "full", "kronecker", "block", "textbook", "muon")
+_METHODS_ON_CPU = ("power", "dbp-auto", "dbp-full", "dbp-kronecker", "dbp-block", "textbook", "muon")
 SUITES = {
     "cpu": (
         Case(batch=128, bars=Bars(step=1.12, evaluation=1.0)),
@@ -67,13 +67,13 @@ SUITES = {
     "gpu": (
         Case("resnet50", 256, 224, "bfloat16", True, True, "cuda", bars=Bars(1.05, 1.0, 1.05)),
         Case(VIT_B, 256, 224, "bfloat16", False, True, "cuda", bars=Bars(1.03, 1.0)),
-        Case("resnet50", 64, 224, device="cuda", methods=("auto", "kronecker"), bars=Bars(memory=1.05)),
+        Case("resnet50", 64, 224, device="cuda", methods=("power", "dbp-auto"), bars=Bars(memory=1.05)),
         Case(
             "resnet18",
             128,
             64,
             device="cuda",
-            methods=("auto", "full", "textbook", "muon", "soap", "shampoo"),
+            methods=("power", "dbp-full", "textbook", "muon", "soap", "shampoo"),
             bars=Bars(evaluation=1.0),
         ),
     ),
@@ -87,4 +87,4 @@ def sweep(case: Case, over: str) -> list[Case]:
     if over == "samples":
         return [replace(case, max_samples=rows) for rows in (32, 64, 128, 256, 512, 1024)]
     widths = (64, 128, 256, 512, 1024, 2048)
-    return [replace(case, model="linears", batch=2048, width=d, methods=("auto", "full")) for d in widths]
+    return [replace(case, model="linears", batch=2048, width=d, methods=("power", "dbp-full")) for d in widths]

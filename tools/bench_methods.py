@@ -1,8 +1,8 @@
-"""Who is measured: the plain model, decorrelation of each structure, the textbook form, and peers from PyPI."""
+"""Who is measured: the plain model, the rules of this library, the textbook form, and peers from PyPI."""
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast, get_args
+from dataclasses import dataclass, replace
+from typing import cast, get_args
 
 import torch
 import torchvision
@@ -12,16 +12,20 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 import decorr_fx
-from decorr_fx.config import StructureName
+from decorr_fx.config import DecorrConfig, StructureName
 from decorr_fx.runtime.state import sites_of
 
 CLASSES = 100
 LINEARS = 3
-STRUCTURES = get_args(StructureName)
+DEFAULT = "power"
+DECORRELATED = {
+    DEFAULT: DecorrConfig(),
+    **{f"dbp-{shape}": replace(DecorrConfig.recipe("dbp"), structure=shape) for shape in get_args(StructureName)},
+}
 PEERS = {"muon": "Muon", "soap": "SOAP", "shampoo": "KLShampoo"}  # of heavyball
 MOVE_CYCLE = 4  # steps, of which R moves at the first
 PEER_CYCLE = 2  # SOAP and Shampoo renew their preconditioner at every second step
-METHODS = (*STRUCTURES, "textbook", *PEERS)
+METHODS = (*DECORRELATED, "textbook", *PEERS)
 
 
 class CannotMeasureError(Exception):
@@ -62,7 +66,7 @@ def make_batch(case: Case) -> tuple[Tensor, Tensor]:
 def prepare(case: Case, method: str) -> tuple[nn.Module, Optimizer]:
     """Return the model as the method trains it, and its optimizer; raise `CannotMeasureError` where a package lacks."""
     model = build_model(case)
-    if method in STRUCTURES:
+    if method in DECORRELATED:
         model = decorr_fx.transform(model, decorr_config(case, method), example_inputs=make_batch(case)[0])
     if method == "textbook":
         model = textbook(model)
@@ -80,8 +84,8 @@ class Kinds:
 
 def step_kinds(method: str) -> Kinds:
     """Return which steps of a method are alike."""
-    if method in STRUCTURES:
-        often = 1 / decorr_fx.DecorrConfig().update_every
+    if method in DECORRELATED:
+        often = 1 / DECORRELATED[method].update_every
         return Kinds(_let_move, {True: often, False: 1 - often})
     if method in PEERS:
         return Kinds(lambda _, number: number % PEER_CYCLE, dict.fromkeys(range(PEER_CYCLE), 1 / PEER_CYCLE))
@@ -101,10 +105,10 @@ def _let_move(model: nn.Module, number: int) -> bool:
     return moves
 
 
-def decorr_config(case: Case, structure: str) -> decorr_fx.DecorrConfig:
-    """Return the library's defaults, with what the case asks for."""
-    asked: dict[str, Any] = {} if case.max_samples is None else {"max_samples": case.max_samples}
-    return decorr_fx.DecorrConfig(structure=cast(StructureName, structure), **asked)
+def decorr_config(case: Case, method: str) -> DecorrConfig:
+    """Return the settings of a method, with what the case asks for."""
+    config = DECORRELATED[method]
+    return config if case.max_samples is None else replace(config, max_samples=case.max_samples)
 
 
 def _peer(name: str) -> Callable[..., Optimizer]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import decorr_fx
 from decorr_fx import DecorrConfig
-from decorr_fx.ops.structure import mix, stack_rows, unfold_mode
+from decorr_fx.ops.structure import decorrelate_rows, stack_rows, unfold_mode
 from decorr_fx.runtime.state import Site, sites_of
 
 
@@ -58,7 +58,7 @@ def _features(site: Site) -> Tensor:
     x = stack_rows(site.rows[None, : int(site.seen)], site.spec.layout)
     if site.spec.demeaned:
         x = x - x.mean(1, keepdim=True)
-    return unfold_mode(mix(x, [factor.mT for factor in site.factors]), 0, len(x))[0]
+    return unfold_mode(decorrelate_rows(x, site.factors, site.spec.layout), 0, len(x))[0]
 
 
 def _correlate(z: Tensor) -> Tensor:

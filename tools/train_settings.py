@@ -41,13 +41,13 @@ class Settings:
     compile: bool
     amp: bool
     rule: RuleName
+    rank: int
     structure: StructureName
     cost_budget: float
     decor_lr: float
     kappa: float
     power: float
     damping: float
-    gain: float
     sample_fraction: float
     max_samples: int
     max_dim: int
@@ -143,7 +143,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decorrelation: see decorr_fx.DecorrConfig")
     group.add_argument("--rule", choices=get_args(RuleName), default=PRESET.rule, help="what a step of R does")
-    group.add_argument("--structure", choices=get_args(StructureName), default=PRESET.structure, help="shape of R")
+    group.add_argument("--rank", type=int, default=PRESET.rank, help="directions that the rule power shrinks")
+    group.add_argument(
+        "--structure", choices=get_args(StructureName), default=PRESET.structure, help="shape of R of the other rules"
+    )
     group.add_argument("--cost-budget", type=float, default=PRESET.cost_budget, help="extra FLOP that auto may take")
     group.add_argument(
         "--decor-lr", type=float, default=PRESET.decor_lr, help="step size of R, or rate of the rule power"
@@ -151,7 +154,6 @@ def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kappa", type=float, default=PRESET.kappa, help="weight of the variance error, in [0, 1]")
     group.add_argument("--power", type=float, default=PRESET.power, help="exponent of the rule power, in [0, 0.5]")
     group.add_argument("--damping", type=float, default=PRESET.damping, help="of the rule power")
-    group.add_argument("--gain", type=float, default=PRESET.gain, help="norm of z over that of x, by the rule power")
     group.add_argument("--sample-fraction", type=float, default=PRESET.sample_fraction, help="part of rows recorded")
     group.add_argument("--max-samples", type=int, default=PRESET.max_samples, help="most rows a layer keeps")
     group.add_argument("--max-dim", type=int, default=PRESET.max_dim, help="largest side of a factor of R")

@@ -11,6 +11,7 @@ from zoo_subject import Subject, some
 import decorr_fx
 
 LEARNING_RATE = 1e-3
+FACTORS = ("V", "R", "A", "S")
 
 
 def train_one_step(subject: Subject) -> None:
@@ -44,11 +45,10 @@ def _with_gradient(subject: Subject) -> set[str]:
 
 
 def _factors(subject: Subject) -> dict[str, Tensor]:
-    """Return copies of the factors of every R: floating-point stacks of square matrices with keys of their own."""
+    """Return copies of the factors of every R, or of V: they are saved under these names."""
     keys = subject.transformed.state_dict().keys() - subject.plain.state_dict().keys()
     state = subject.transformed.state_dict()
-    square = {key: state[key] for key in keys if state[key].dim() == 3 and state[key].is_floating_point()}
-    return {key: value.clone() for key, value in square.items() if value.shape[1] == value.shape[2]}
+    return {key: state[key].clone() for key in keys if key.rpartition(".")[2] in FACTORS}
 
 
 def _check_steps(subject: Subject, moved: set[str], before: dict[str, Tensor]) -> None:

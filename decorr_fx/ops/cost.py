@@ -39,8 +39,11 @@ def apply_flops(layouts: Sequence[Layout], work: Work) -> int:
     """Count the FLOP of applying R in forward and backward, to the smaller of weight and input where both can be."""
     total = 0
     for layout in layouts:
-        first, *others = (m for _, m, _ in layout.factor_shapes)
         smaller = min(_size(layout), work.inputs) if layout.on_channels else _size(layout)
+        if layout.rank:
+            total += 8 * smaller * layout.rank
+            continue
+        first, *others = (m for _, m, _ in layout.factor_shapes)
         total += 4 * smaller * first + 4 * _size(layout) * sum(others)
     return total
 
@@ -49,20 +52,37 @@ def move_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> i
     """Count the FLOP of one step of R, and of the weights that follow it."""
     layout = layouts[0]
     samples, size = min(layout.slots(config.max_samples), work.rows), layout.groups * layout.d
+    if layout.rank:
+        return _renew_flops(layout, samples) + sum(map(_follow_flops, layouts))
     total = 0
     for stacks, m, _ in layout.factor_shapes:
         n = samples * size // (stacks * m)
         smaller = min(n, m)
         total += stacks * (2 * n * m * m + 2 * n * m * smaller)  # z, and its moment
-        if config.rule == "power":
-            total += stacks * (2 * n * m * m + EIGENVALUES * m**3 + 6 * m**3)  # the moment of x, R, and old new^-1
-        elif n >= m:
+        if n >= m:
             total += stacks * (2 * m**3 + 2 * m**3 + m**3)  # the bound, T R, and T^-1
         else:
             total += stacks * (2 * n**3 + 4 * n * m * m + n**3 + 4 * n * n * m)
-        rank = 2 * n if config.rule != "power" and n < m else m
-        total += sum(2 * _size(other) * rank for other in layouts)
+        total += sum(2 * _size(other) * (2 * n if n < m else m) for other in layouts)
     return total
+
+
+def _renew_flops(layout: Layout, samples: int) -> int:
+    """Count the FLOP of a new V from so many rows."""
+    d, rank = layout.d, layout.rank
+    rows = samples + rank
+    total = 4 * samples * rank * d + 2 * samples * d * min(samples, d)  # z, and its moment
+    total += 2 * rows * d * min(rows, d) + EIGENVALUES * min(rows, d) ** 3  # of the sketch and x together
+    if rows < d:
+        total += 2 * rank * rows * d  # the new sketch
+    return layout.stacks * total
+
+
+def _follow_flops(layout: Layout) -> int:
+    """Count the FLOP of a weight that follows from one V to another."""
+    rank = layout.rank
+    small = 4 * rank * rank * (layout.d + layout.d_out) + rank**3  # of the two V, and of what is along them
+    return 8 * _size(layout) * rank + layout.stacks * small
 
 
 def extra_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> int:
@@ -107,7 +127,9 @@ def choose_layouts(plain: Sequence[Layout], config: DecorrConfig, work: Work, af
 def candidates(plain: Layout, config: DecorrConfig) -> Iterator[Layout]:
     """Yield the layouts that a structure may come to, the richest first."""
     has_taps = plain.taps > 1
-    if config.structure == "full":
+    if config.rule == "power":
+        yield replace(plain, rank=min(config.rank, plain.d))
+    elif config.structure == "full":
         yield plain
     elif config.structure == "kronecker":
         yield _cut(plain, 1, paired=has_taps)
@@ -132,7 +154,7 @@ def _cut(plain: Layout, blocks: int, paired: bool, mixes_taps: bool = True) -> L
 
 def _as(chosen: Layout, plain: Layout) -> Layout:
     """Return `plain` with the structure of `chosen`."""
-    return replace(plain, blocks=chosen.blocks, paired=chosen.paired, mixes_taps=chosen.mixes_taps)
+    return replace(plain, blocks=chosen.blocks, paired=chosen.paired, mixes_taps=chosen.mixes_taps, rank=chosen.rank)
 
 
 def _blocks(channels: int, most: int) -> Iterator[int]:

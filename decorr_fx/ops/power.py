@@ -1,12 +1,16 @@
-"""The closed form: R is a power of the second moment of the layer's input, made anew from running moments.
+"""The closed form: R shrinks the directions in which a layer's inputs are largest, and is the identity in all others.
 
-    Sigma <- (1 - rate) Sigma + rate * mean over rows of x x^T
-    R = c * (Sigma + damping * mean eigenvalue of Sigma)^-p,    c such that |z| = gain * |x| in the mean square
+    Sigma <- (1 - rate) Sigma + rate * mean over rows of x x^T,    of which the `rank` largest directions are kept
+    R = (I + Sigma / delta)^-p,    delta = damping * mean eigenvalue of the whole second moment
 
-Each factor of R has a Sigma of its own, of the rows of its own mode of x; the gain is that of the first one. p = 1/2
-would be whitening; a step of W is preconditioned by R^T R, which goes with twice the power. How large the inputs of the
-weights are decides how far a step of W goes, so that the gain says which learning rates are right. Weights that follow
-take `W <- W R_old R_new^-1`, as in natural neural networks (arXiv 1507.00210), where p is 1/2.
+p = 1/2 is whitening where an eigenvalue is well above delta; where it is far below, R is 1. The inputs of most layers
+are large in few directions: the mean and some others have nearly all of the second moment, and steps of W in those
+limit its learning rate. R never enlarges anything, so that a rate which is right without it stays right. Steps of W are
+preconditioned by R^T R. Weights that follow take `W <- W R_old R_new^-1`, as in natural neural networks
+(arXiv 1507.00210), where p is 1/2 and R a whole root.
+
+Sigma is kept as a *sketch* `B [stacks, rank, d]` of orthogonal rows, the largest last: `Sigma = B^T B`, cut to its rank
+after each step. A matrix of d x d numbers is formed only where d is small.
 """
 
 from collections.abc import Sequence
@@ -16,12 +20,19 @@ import torch
 from torch import Tensor
 
 from decorr_fx.ops.moment import Moment
-from decorr_fx.ops.product import times
+from decorr_fx.ops.shrink import follow, shrink
+
+SMALLEST = 1e-6  # eigenvalue over delta below which R is the identity to float32's last digits
 
 
 @dataclass(frozen=True)
 class Past:
-    """What is remembered: running moments of x for each factor, `[stacks, d, d]`, after how many `steps [sites]`."""
+    """What is remembered of x, after how many `steps [sites]`.
+
+    Attributes:
+        moments: the sketch, `[stacks, rank, d]`, and the mean square of a row, `[stacks]`: the trace of all of Sigma.
+        steps: how many there were.
+    """
 
     moments: Sequence[Tensor]
     steps: Tensor
@@ -29,63 +40,79 @@ class Past:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A factor of R that is replaced by a `new` one.
+    """R that is replaced: V before and after, the moment of z before, and the new sketch and trace."""
 
-    `moment` is that of its mode of z before, `running` the new Sigma, `follow` is `old new^-1`, all `[stacks, d, d]`.
-    """
-
-    moment: Moment
-    running: Tensor
+    old: Tensor
     new: Tensor
-    follow: Tensor
+    moment: Moment
+    sketch: Tensor
+    trace: Tensor
 
-    def retreat(self, W: Tensor, stacks: slice) -> Tensor:
-        """Return `W old new^-1` for rows `W [..., o, d]` of the given stacks."""
-        return times(W, self.follow[stacks])
+    @property
+    def factors(self) -> list[Tensor]:
+        """The new V."""
+        return [self.new]
+
+    @property
+    def moments(self) -> list[Tensor]:
+        """The new running moments, as in `Past`."""
+        return [self.sketch, self.trace]
+
+    def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
+        """Return `W R_old R_new^-1` for the stacked weight of one of the sites that took the step together."""
+        each = len(self.old) // sites
+        own = slice(site * each, (site + 1) * each)
+        return follow(stacked, self.old[own], self.new[own])
+
+    def correlation(self, sites: int) -> Tensor:
+        """Return the mean squared correlation before the step, `[sites]`."""
+        return self.moment.correlation().reshape(sites, -1).mean(1)
+
+    def variance_error(self, sites: int) -> Tensor:
+        """Return the mean squared variance error before the step, `[sites]`."""
+        return self.moment.variance_error().reshape(sites, -1).mean(1)
 
 
-def replacements(
-    factors: Sequence[Tensor],
-    of_z: Sequence[Moment],
-    of_x: Sequence[Tensor],
-    past: Past,
-    rate: float,
-    power: float,
-    damping: float,
-    gain: float,
-) -> list[Replacement]:
-    """Return what replaces each factor of R.
+def renew(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float, power: float, damping: float) -> Replacement:
+    """Return what replaces R.
 
     Args:
-        factors: the factors of R, `[stacks, d, d]`.
-        of_z: the moment of each factor's own mode of z.
-        of_x: the second moments of each factor's own mode of x, `[stacks, d, d]`.
+        V: of R, `[stacks, rank, d]`.
+        x: rows `[stacks, n, d]`; unused ones are zero.
+        count: `[stacks]`, the number of rows in use.
         past: what is remembered.
         rate: at which running moments follow new ones; the first few steps take their plain mean.
         power: p.
-        damping: part of the mean eigenvalue that is added to all of them.
-        gain: of the norm of z over that of x; for a pair, the first factor's.
+        damping: delta over the mean eigenvalue.
     """
-    found: list[Replacement] = []
-    rates = (1 / (past.steps + 1)).clamp(min=min(rate, 1))
-    for old, moment, new_moment, before in zip(factors, of_z, of_x, past.moments, strict=True):
-        rate_of_stack = rates.repeat_interleave(len(old) // len(rates))[:, None, None]
-        running = before.lerp(new_moment, rate_of_stack.to(before.dtype))
-        new, inverse = root(running, power, damping)
-        own = 1.0 if found else gain
-        found.append(Replacement(moment, running, own * new, old @ inverse / own))
-    return found
+    sketch, trace = past.moments
+    rates = (1 / (past.steps + 1)).clamp(min=min(rate, 1)).to(x.dtype).repeat_interleave(len(V) // len(past.steps))
+    trace = trace.lerp(x.square().sum((1, 2)) / count, rates)
+    old_share, new_share = (1 - rates).sqrt(), (rates / count).sqrt()
+    together = torch.cat([old_share[:, None, None] * sketch, new_share[:, None, None] * x], 1)
+    values, sketch = largest_directions(together, V.shape[1])
+    new = directions_to_shrink(values, sketch, damping * trace / x.shape[2], power)
+    return Replacement(V, new, Moment.of(shrink(x, V), count[:, None, None]), sketch, trace)
 
 
-def root(Sigma: Tensor, power: float, damping: float) -> tuple[Tensor, Tensor]:
-    """Return R for `Sigma [stacks, d, d]` with a gain of 1, and its inverse; NaN where Sigma is not finite, or zero.
+def largest_directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues of `X^T X` for rows `X [stacks, n, d]`, `[stacks, rank]`, and their sketch.
 
-    By eigenvalues, which are right to float32's last digits for any p and any condition of Sigma.
+    The sketch `B [stacks, rank, d]` has the eigenvectors as rows, each as long as the root of its eigenvalue. Through
+    the matrix over rows where that is the smaller one. NaN where the rows are not finite.
     """
-    finite = Sigma.isfinite().flatten(1).all(1)[:, None]
-    values, vectors = torch.linalg.eigh(Sigma.where(finite[..., None], 0))  # which raises for what is not finite
-    values = values.clamp(min=0)  # rounding
-    mean = values.mean(1, keepdim=True).where(finite, torch.nan)
-    of_R = (values + damping * mean) ** -power
-    of_R = of_R * (mean / (values * of_R.square()).mean(1, keepdim=True)).sqrt()
-    return (vectors * of_R[:, None]) @ vectors.mT, (vectors / of_R[:, None]) @ vectors.mT
+    dense = rows.shape[1] >= rows.shape[2]
+    gram = rows.mT @ rows if dense else rows @ rows.mT
+    finite = gram.isfinite().flatten(1).all(1)[:, None]
+    values, vectors = torch.linalg.eigh(gram.where(finite[..., None], 0))  # which raises for what is not finite
+    values = values[:, -rank:].clamp(min=0).where(finite, torch.nan)  # below 0 by rounding
+    vectors = vectors[:, :, -rank:].mT
+    return values, values.sqrt()[..., None] * vectors if dense else vectors @ rows
+
+
+def directions_to_shrink(values: Tensor, sketch: Tensor, delta: Tensor, power: float) -> Tensor:
+    """Return V of `I - V^T V = (I + B^T B / delta)^-power` for a sketch B, its eigenvalues, and `delta [stacks]`."""
+    delta = delta.clamp(min=torch.finfo(delta.dtype).tiny)[:, None]  # all rows were zero: so is V
+    ratio = (values / delta).clamp(min=SMALLEST)
+    shrunk = -torch.expm1(-power * torch.log1p(ratio))  # 1 - (1 + ratio)^-power, right for small ones
+    return (shrunk / ratio / delta).sqrt()[..., None] * sketch

@@ -1,4 +1,4 @@
-"""The product of many rows with a small matrix, which every use of R comes down to, and its precision."""
+"""Products of many rows with a small matrix, which every use of R comes down to, their precision, and inverses."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import is_autocast_available
 
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 NARROW, LONG = 16, 8192  # columns and rows of a product for which there is something faster
 
 
@@ -57,6 +58,33 @@ class _NarrowProduct(torch.autograd.Function):
         of_rows, of_matrix = tangents
         moved = torch.zeros_like(rows) if of_rows is None else of_rows @ matrix
         return moved if of_matrix is None else moved + rows @ of_matrix
+
+
+def pointwise(x: Tensor, matrix: Tensor, spatial: int) -> Tensor:
+    """Multiply the channels of a whole input by a matrix, each stack of channels by its own.
+
+    Args:
+        x: `[..., C]` of a linear (`spatial` 0), or `[N, C, *size]`, or `[C, *size]`, of a convolution.
+        matrix: `[stacks, out, C / stacks]`, of the type of x.
+        spatial: number of spatial dimensions.
+    """
+    stacks, out, width = matrix.shape
+    if spatial:
+        weight = matrix.reshape(stacks * out, width, *[1] * spatial)
+        return CONVOLUTIONS[spatial - 1](x, weight, groups=stacks)
+    if stacks == 1:
+        return F.linear(x, matrix[0])
+    return torch.einsum("...sc,soc->...so", x.reshape(*x.shape[:-1], stacks, width), matrix).flatten(-2)
+
+
+def inverse_of_definite(A: Tensor) -> Tensor:
+    """Return the inverses of symmetric positive definite matrices `[stacks, d, d]`; NaN where one is not.
+
+    By Cholesky: half the work of an LU, which some builds of torch get wrong for batches on several CPU threads.
+    """
+    L = torch.linalg.cholesky_ex(A)[0]  # _ex: no host sync
+    inverse: Tensor = torch.cholesky_inverse(L)
+    return inverse
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

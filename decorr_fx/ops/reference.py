@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decorr_fx.config import RuleName
+from decorr_fx.ops.product import CONVOLUTIONS
 from decorr_fx.ops.rules import STEP_BOUND
-from decorr_fx.ops.structure import CONVOLUTIONS
 
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -134,12 +134,23 @@ def step_factors(
     return Stepped(moved, None if T_taps is None or taps is None else T_taps @ taps, T_blocks, T_taps)
 
 
-def root(Sigma: Tensor, power: float, damping: float) -> Tensor:
-    """Return `gain * (Sigma + damping * mean eigenvalue)^-power`, with a gain such that tr(R Sigma R) = tr(Sigma)."""
-    d = len(Sigma)
-    values, vectors = torch.linalg.eigh(Sigma + damping * torch.trace(Sigma) / d * torch.eye(d, dtype=Sigma.dtype))
-    R = sum((v**-power * torch.outer(u, u) for v, u in zip(values, vectors.T, strict=True)), torch.zeros_like(Sigma))
-    return R * (torch.trace(Sigma) / torch.trace(R @ Sigma @ R)).sqrt()
+def shrinking(Sigma: Tensor, mean: float, rank: int, power: float, damping: float) -> Tensor:
+    """Return R with eigenvalues `(1 + value / (damping mean))^-power` in the `rank` largest eigenvectors of Sigma.
+
+    In all other directions R is the identity; `mean` is the mean eigenvalue by which damping is measured.
+    """
+    values, vectors = torch.linalg.eigh(Sigma)
+    R = torch.eye(len(Sigma), dtype=Sigma.dtype)
+    for value, u in list(zip(values, vectors.T, strict=True))[-rank:]:
+        R = R + ((1 + value / (damping * mean)) ** -power - 1) * torch.outer(u, u)
+    return R
+
+
+def truncated(Sigma: Tensor, rank: int) -> Tensor:
+    """Return the nearest matrix to Sigma with so many eigenvalues."""
+    values, vectors = torch.linalg.eigh(Sigma)
+    nearest: Tensor = (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T
+    return nearest
 
 
 def running_moment(Sigma: Tensor, x: Tensor, steps: int, rate: float) -> Tensor:

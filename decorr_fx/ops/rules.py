@@ -23,7 +23,7 @@ from torch import Tensor
 
 from decorr_fx.config import RuleName
 from decorr_fx.ops.moment import Moment
-from decorr_fx.ops.product import times
+from decorr_fx.ops.product import inverse_of_definite, times
 
 # eps * lambda_max(G) is kept below this: T is then positive definite with a condition number of at most 3. lambda_max
 # is bounded from above, so that no step can overshoot, however wrong eps is: it is at most scale * |M| + max |shift|,
@@ -49,7 +49,7 @@ class Transition:
         return self.gain * (factor - self.eps * change)
 
     def retreat(self, W: Tensor, stacks: slice) -> Tensor:
-        """Return `W @ T^-1` for rows `W [..., o, d]` of the given stacks."""
+        """Return `W T^-1` for rows `W [..., o, d]` of the given stacks."""
         if self.moment.off_diagonal is not None:
             return times(W, self._inverted[stacks])
         shrink, scaled, inner = (part[stacks] for part in self._inverted_by_rows)
@@ -61,7 +61,7 @@ class Transition:
         eye = torch.eye(self.shift.shape[1], dtype=self.shift.dtype, device=self.shift.device)
         C = cast(Tensor, self.moment.off_diagonal)
         T = eye - self.eps * (self.scale * C + torch.diag_embed(self.shift))
-        return _inverse(T) / self.gain
+        return inverse_of_definite(T) / self.gain
 
     @cached_property
     def _inverted_by_rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,18 +71,8 @@ class Transition:
         shrink = 1 / (1 - self.eps.squeeze(-1) * diagonal)[:, None]
         scaled = z * shrink
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        inner = weight * (_inverse(eye - weight * (z @ scaled.mT)) @ scaled)
+        inner = weight * (inverse_of_definite(eye - weight * (z @ scaled.mT)) @ scaled)
         return shrink / self.gain, scaled, inner / self.gain
-
-
-def _inverse(A: Tensor) -> Tensor:
-    """Return the inverses of symmetric positive definite matrices `[stacks, d, d]`; NaN where one is not.
-
-    By Cholesky: half the work of an LU, which some builds of torch get wrong for batches on several CPU threads.
-    """
-    L = torch.linalg.cholesky_ex(A)[0]  # _ex: no host sync
-    inverse: Tensor = torch.cholesky_inverse(L)
-    return inverse
 
 
 def transitions(

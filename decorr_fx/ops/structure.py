@@ -6,10 +6,12 @@ One convention holds everywhere. A conv or linear maps rows of `C_in * taps` fea
     weight   [stacks, d_out, *modes]
     rows     [stacks, n, *modes]
     factor i of R   [stacks, modes[i], modes[i]], or [groups, ...] where the blocks of a group share it
+    V of R          [stacks, rank, d], where R only shrinks a few directions: R = I - V^T V, see `shrink`
 
 where `stacks = groups * blocks` counts the blocks of channels, ordered (group, block), and `modes` is `(d,)` for one
 dense matrix or `(channels, taps)` for a Kronecker pair, whose factor over taps all blocks of a group share. Examples:
 
+    Linear(64, 10), rank 32                   stacks 1,  modes (64,)      V [1, 32, 64]
     Linear(64, 10), full                      stacks 1,  modes (64,)      R [1, 64, 64]
     Conv2d(128, 256, 3), kronecker x2         stacks 2,  modes (64, 9)    A [2, 64, 64], S [1, 9, 9]
     Conv2d(128, 256, 3), channels x2          stacks 2,  modes (64, 9)    A [2, 64, 64]
@@ -23,12 +25,10 @@ from dataclasses import dataclass, fields
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from decorr_fx.ops.product import times
-
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+from decorr_fx.ops.product import pointwise, times
+from decorr_fx.ops.shrink import shrink, shrink_channels
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Layout:
         blocks: number of diagonal blocks that the channels of a group are cut into.
         paired: R is a Kronecker pair (channels, taps) instead of one dense matrix.
         mixes_taps: the pair has a factor over taps; without one R is the same for each tap.
+        rank: number of directions that R shrinks, if it is `I - V^T V`; 0 for dense factors.
     """
 
     groups: int
@@ -54,6 +55,7 @@ class Layout:
     blocks: int = 1
     paired: bool = False
     mixes_taps: bool = True
+    rank: int = 0
 
     @property
     def d(self) -> int:
@@ -67,7 +69,9 @@ class Layout:
 
     @property
     def factor_shapes(self) -> list[tuple[int, int, int]]:
-        """Shapes of the factors of R."""
+        """Shapes of the factors of R, or of V."""
+        if self.rank:
+            return [(self.stacks, self.rank, self.d)]
         first, *others = self.modes if self.mixes_taps else self.modes[:1]
         return [(self.stacks, first, first), *((self.groups, side, side) for side in others)]
 
@@ -95,8 +99,8 @@ class Layout:
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> "Layout":
         """Return the layout with these `numbers`."""
-        groups, d_out, channels, taps, transposed, blocks, paired, mixes_taps = numbers
-        return cls(groups, d_out, channels, taps, bool(transposed), blocks, bool(paired), bool(mixes_taps))
+        groups, d_out, channels, taps, transposed, blocks, paired, mixes_taps, rank = numbers
+        return cls(groups, d_out, channels, taps, bool(transposed), blocks, bool(paired), bool(mixes_taps), rank)
 
     @property
     def on_channels(self) -> bool:
@@ -106,6 +110,8 @@ class Layout:
     @property
     def structure(self) -> str:
         """Name of the structure of R, for people."""
+        if self.rank:
+            return f"rank {self.rank}"
         if self.paired:
             name = "kronecker" if self.mixes_taps else "channels"
         else:
@@ -157,10 +163,24 @@ def mix(stacked: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
+def identity_factors(layout: Layout, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Return new factors, or V, such that R is the identity."""
+    if layout.rank:
+        return [torch.zeros(shape, device=device, dtype=dtype) for shape in layout.factor_shapes]
+    eyes = [(stacks, torch.eye(side, device=device, dtype=dtype)) for stacks, side, _ in layout.factor_shapes]
+    return [eye.repeat(stacks, 1, 1) for stacks, eye in eyes]
+
+
+def decorrelate_rows(x: Tensor, factors: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Return `R x` for rows `x [stacks, n, *modes]`."""
+    return shrink(x, factors[0]) if layout.rank else mix(x, [factor.mT for factor in factors])
+
+
 def fold_weight(W: Tensor, factors: Sequence[Tensor], layout: Layout) -> Tensor:
     """Return `W R` in the shape of W: the weight that acts on plain inputs as W acts on decorrelated ones."""
-    first = unstack_weight(mix(stack_weight(W, layout), factors[:1]), W.shape, layout)
-    return fold_taps(first, factors)
+    stacked = stack_weight(W, layout)
+    first = shrink(stacked, factors[0]) if layout.rank else mix(stacked, factors[:1])
+    return fold_taps(unstack_weight(first, W.shape, layout), factors)
 
 
 def fold_taps(W: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -171,21 +191,18 @@ def fold_taps(W: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return times(W.reshape(groups, -1, taps), factors[1]).reshape(W.shape)
 
 
-def mix_channels(x: Tensor, factor: Tensor, spatial: int) -> Tensor:
+def mix_channels(x: Tensor, factor: Tensor, spatial: int, layout: Layout) -> Tensor:
     """Return `R x` for the channels of a whole input, in its type.
 
     Args:
         x: `[..., C]` of a linear (`spatial` 0), or `[N, C, *size]`, or `[C, *size]`, of a convolution.
-        factor: `[stacks, C / stacks, C / stacks]`; each block works on its own channels.
+        factor: the first one, over channels, or V; each block works on its own channels.
         spatial: number of spatial dimensions.
+        layout: that of the layer's weight.
     """
-    stacks, width, _ = factor.shape
-    R = factor.to(x.dtype)
-    if spatial:
-        return CONVOLUTIONS[spatial - 1](x, R.reshape(stacks * width, width, *[1] * spatial), groups=stacks)
-    if stacks == 1:
-        return F.linear(x, R[0])
-    return torch.einsum("...sc,sdc->...sd", x.reshape(*x.shape[:-1], stacks, width), R).flatten(-2)
+    if layout.rank:
+        return shrink_channels(x, factor, spatial)
+    return pointwise(x, factor.to(x.dtype), spatial)
 
 
 def output_of_mean(W_eff: Tensor, mean: Tensor, layout: Layout) -> Tensor:

@@ -23,7 +23,7 @@ class SiteRecord:
         d: features of an input row, per group.
         groups: groups of the convolution.
         structure: structure of R that was chosen.
-        bytes: size of R's factors, and of the running moments where the rule keeps them.
+        bytes: size of R's factors, or of V, and of the running moments where the rule keeps them.
         row_bytes: size of the buffer of recorded rows.
         folded_bytes: most that `W R`, or `R x` where that is smaller, takes while the layer runs.
         flops: extra FLOP of one training step, on average, at a batch of 128.
@@ -61,7 +61,7 @@ def describe(spec: SiteSpec, element_size: int) -> Iterator[SiteRecord]:
     """Yield one record a layer of a site; `element_size` is the bytes of one number of R."""
     layouts = [weight.layout for weight in spec.weights]
     moves = move_flops(layouts, spec.work, spec.config) // spec.config.update_every
-    kept = 2 if spec.remembers else 1
+    numbers = sum(map(prod, [*spec.layout.factor_shapes, *spec.moment_shapes.values()]))
     for index, weight in enumerate(spec.weights):
         layout, leads = weight.layout, index == 0
         flops = apply_flops([layout], spec.work) + (moves if leads else 0)
@@ -71,7 +71,7 @@ def describe(spec: SiteSpec, element_size: int) -> Iterator[SiteRecord]:
             d=layout.d,
             groups=layout.groups,
             structure=layout.structure,
-            bytes=element_size * kept * sum(map(prod, layout.factor_shapes)) if leads else 0,
+            bytes=element_size * numbers if leads else 0,
             row_bytes=element_size * spec.slots * layout.groups * layout.d if leads else 0,
             folded_bytes=element_size * layout.groups * layout.d_out * layout.d,
             flops=flops,

@@ -75,7 +75,15 @@ class SiteSpec:
 
     @property
     def factor_names(self) -> tuple[str, ...]:
-        """Names of the factors of R: the keys under which they are saved."""
+        """Names of the factors of R, or of V: the keys under which they are saved."""
+        if self.layout.rank:
+            return ("V",)
         if not self.layout.paired:
             return ("R",)
         return ("A", "S") if self.layout.mixes_taps else ("A",)
+
+    @property
+    def moment_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the running moments; none where the rule keeps none. See `ops.power`."""
+        layout = self.layout
+        return {"sketch": layout.factor_shapes[0], "trace": (layout.stacks,)} if self.remembers else {}

@@ -11,7 +11,7 @@ from decorr_fx.ops.calls import one_each
 from decorr_fx.ops.keep import keep_folded, keep_folded_op
 from decorr_fx.ops.product import full_precision
 from decorr_fx.ops.record import GOLDEN, ConvGeometry, conv_rows, linear_rows, recomputing, store_rows
-from decorr_fx.ops.structure import Layout, fold_taps, fold_weight, mix_channels, output_of_mean
+from decorr_fx.ops.structure import Layout, fold_taps, fold_weight, identity_factors, mix_channels, output_of_mean
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.weight import SiteWeight
 
@@ -45,10 +45,10 @@ class Site(nn.Module):
         like = self.weights[0].get()
         device, dtype = like.device, _at_least_float32(like.dtype)
         layout, slots = spec.layout, spec.slots
-        for name, (stacks, side, _) in zip(spec.factor_names, layout.factor_shapes, strict=True):
-            self.register_buffer(name, torch.eye(side, device=device, dtype=dtype).repeat(stacks, 1, 1))
-            if spec.remembers:
-                self.register_buffer(f"{name}_moment", torch.zeros(stacks, side, side, device=device, dtype=dtype))
+        for name, factor in zip(spec.factor_names, identity_factors(layout, device, dtype), strict=True):
+            self.register_buffer(name, factor)
+        for name, shape in spec.moment_shapes.items():
+            self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype))
         if spec.demeaned:
             self.register_buffer("mean", torch.zeros(layout.stacks, *layout.modes, device=device, dtype=dtype))
         for name in ("steps", "refused"):
@@ -61,15 +61,14 @@ class Site(nn.Module):
 
     @property
     def factors(self) -> list[Tensor]:
-        """The factors of R, see `ops.structure`."""
+        """The factors of R, or V; see `ops.structure`."""
         buffers: dict[str, Any] = self._buffers  # get_buffer would look up each name in four ways
         return [buffers[name] for name in self.spec.factor_names]
 
     @property
     def moments(self) -> list[Tensor]:
-        """The running moments of x, one a factor; none where the rule keeps none."""
-        names = self.spec.factor_names if self.spec.remembers else ()
-        return [self.get_buffer(f"{name}_moment") for name in names]
+        """The running moments of x; none where the rule keeps none."""
+        return [self.get_buffer(name) for name in self.spec.moment_shapes]
 
     def record(self, x: Tensor, output_padding: Sequence[int] = ()) -> None:
         """Record a few rows of the layer's input `x`, as a graph sees it; see `ops.record`."""
@@ -139,7 +138,7 @@ class Site(nn.Module):
             return x, self.decorrelate(W, index)
         with full_precision(W.device):
             taps = fold_taps(W.to(self.factors[0].dtype), self.factors).to(W.dtype)
-        return mix_channels(x, self.factors[0], self.spec.spatial), taps
+        return mix_channels(x, self.factors[0], self.spec.spatial, layout), taps
 
     def _on_input(self, x: Tensor, W: Tensor, layout: Layout) -> bool:
         return self.training and layout.on_channels and not self.spec.demeaned and x.numel() < W.numel()
@@ -185,8 +184,9 @@ class Site(nn.Module):
 
     def reset(self) -> None:
         """Set R to the identity and every counter to zero, as `transform` leaves them."""
-        for factor in self.factors:
-            factor.copy_(torch.eye(factor.shape[-1], device=factor.device, dtype=factor.dtype).expand_as(factor))
+        identity = identity_factors(self.spec.layout, self.rows.device, self.rows.dtype)
+        for factor, start in zip(self.factors, identity, strict=True):
+            factor.copy_(start)
         self.reset_moments()
         if self.spec.demeaned:
             self.mean.zero_()

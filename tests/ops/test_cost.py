@@ -1,3 +1,4 @@
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -50,7 +51,7 @@ def plain_layout(layer: nn.Module) -> Layout:
 )  # fmt: skip
 def test_the_structure_is_chosen_as_the_docs_say(layer: nn.Module, structure: str, max_dim: int, expected: str) -> None:
     plain = plain_layout(layer)
-    config = DecorrConfig(structure=structure, max_dim=max_dim)
+    config = DecorrConfig(rule="dbp", structure=structure, max_dim=max_dim)
     (layout,) = choose_layouts([plain], config, Work.unknown(plain), affordable=inf)
     assert layout.structure == expected
     if structure == "auto" and expected != "full":
@@ -62,20 +63,20 @@ def test_the_structure_is_chosen_as_the_docs_say(layer: nn.Module, structure: st
 def test_auto_is_the_richest_within_the_budget(layer: nn.Module, rows: int) -> None:
     plain = plain_layout(layer)
     work = Work(rows, rows * plain.channels)
-    affordable = 0.05 * own_flops([plain], work)
-    (layout,) = choose_layouts([plain], DecorrConfig(), work, affordable)
+    affordable, dbp = 0.05 * own_flops([plain], work), DecorrConfig(rule="dbp")
+    (layout,) = choose_layouts([plain], dbp, work, affordable)
     width = layout.channels // layout.blocks
-    assert extra_flops([layout], work, DecorrConfig()) <= affordable or width == NARROWEST
-    (richer,) = choose_layouts([plain], DecorrConfig(max_dim=2 * width), work, affordable=inf)
-    assert width == 256 or richer == layout or extra_flops([richer], work, DecorrConfig()) > affordable
+    assert extra_flops([layout], work, dbp) <= affordable or width == NARROWEST
+    (richer,) = choose_layouts([plain], replace(dbp, max_dim=2 * width), work, affordable=inf)
+    assert width == 256 or richer == layout or extra_flops([richer], work, dbp) > affordable
 
 
 def test_a_factor_over_taps_waits_for_memory_and_is_left_out_where_rows_are_few() -> None:
-    plain = plain_layout(nn.Conv2d(512, 512, 3))
+    plain, dbp = plain_layout(nn.Conv2d(512, 512, 3)), DecorrConfig(rule="dbp")
     chosen = {}
     for rows in (512, 50_000):
         work = Work(rows, rows * plain.channels)
-        (chosen[rows],) = choose_layouts([plain], DecorrConfig(), work, 0.05 * own_flops([plain], work))
+        (chosen[rows],) = choose_layouts([plain], dbp, work, 0.05 * own_flops([plain], work))
     assert not chosen[512].mixes_taps and chosen[512].structure.startswith("channels")
     assert chosen[50_000].structure == "kronecker x2"
     assert waiting_flops([chosen[50_000]]) == 4 * 512 * 512 * 9 * (MEMORY_BOUND - 9)
@@ -89,14 +90,23 @@ def test_the_shares_add_up_to_the_budget_and_a_small_layer_is_not_starved() -> N
     assert shares[1] > 0.5 * own[1]
 
 
+SHAPES = [
+    DecorrConfig(rank=5),
+    *(DecorrConfig(rule="dbp", structure=s, max_dim=24) for s in ("full", "kronecker", "channels", "block")),
+]
+
+
+def shape_of(config: DecorrConfig) -> str:
+    return config.structure if config.rule == "dbp" else "rank"
+
+
 @pytest.mark.parametrize("positions", [1, 4, 30])
-@pytest.mark.parametrize("structure", ["full", "kronecker", "channels", "block"])
+@pytest.mark.parametrize("config", SHAPES, ids=shape_of)
 @pytest.mark.parametrize("layer", [nn.Linear(48, 40), nn.Conv1d(48, 40, 3, padding=1), nn.Conv1d(48, 40, 1)])
-def test_applying_R_takes_the_flops_that_are_counted(layer: nn.Module, structure: str, positions: int) -> None:
+def test_applying_R_takes_the_flops_that_are_counted(layer: nn.Module, config: DecorrConfig, positions: int) -> None:
     """Counted by torch over forward and backward, against the plain layer."""
     batch = 4
     x = torch.randn(batch, positions, 48) if isinstance(layer, nn.Linear) else torch.randn(batch, 48, positions)
-    config = DecorrConfig(structure=structure, max_dim=24)
     model = decorr_fx.transform(layer, config)
     (site,) = sites_of(model)
     counts = []
@@ -110,19 +120,19 @@ def test_applying_R_takes_the_flops_that_are_counted(layer: nn.Module, structure
 
 
 @pytest.mark.parametrize("rows", [16, 200])
-@pytest.mark.parametrize("structure", ["full", "kronecker", "channels"])
-@pytest.mark.parametrize("rule", ["dbp", "power"])
-def test_moving_R_takes_the_flops_that_are_counted(rule: str, structure: str, rows: int) -> None:
+@pytest.mark.parametrize("config", SHAPES[:4], ids=shape_of)
+def test_moving_R_takes_the_flops_that_are_counted(config: DecorrConfig, rows: int) -> None:
     """Torch counts products only: inverses and eigenvalues are left out on both sides."""
-    config = DecorrConfig(structure=structure, max_samples=rows, rule=rule)
+    config = replace(config, max_samples=rows)
     model = decorr_fx.transform(nn.Conv1d(32, 20, 3), config)
     (site,) = sites_of(model)
     model(torch.randn(10, 32, 40))
     with FlopCounterMode(display=False) as counter:
         move([site], 0.01)
-    counted = move_flops([site.spec.layout], Work(380, 10 * 32 * 40), config)
-    inverses = 0
-    for stacks, m, _ in site.spec.layout.factor_shapes:
-        n = site.spec.slots * site.spec.layout.d // (stacks * m)
-        inverses += stacks * (EIGENVALUES * m**3 if rule == "power" else min(n, m) ** 3)
-    assert counter.get_total_flops() == counted - inverses
+    layout = site.spec.layout
+    counted = move_flops([layout], Work(380, 10 * 32 * 40), config)
+    uncounted = layout.rank**3 + EIGENVALUES * min(rows + layout.rank, layout.d) ** 3 if layout.rank else 0
+    for stacks, m, _ in layout.factor_shapes if not layout.rank else []:
+        n = site.spec.slots * layout.d // (stacks * m)
+        uncounted += stacks * min(n, m) ** 3
+    assert counter.get_total_flops() == counted - uncounted

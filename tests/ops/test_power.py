@@ -1,113 +1,144 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
-from factors import Drawn, relative, sites
+from factors import dense_R, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.ops import reference
-from decorr_fx.ops.power import Past, root
+from decorr_fx.ops.power import Past, directions_to_shrink, largest_directions
 from decorr_fx.ops.step import Step, step_factors
 
-powers = st.sampled_from([0.0, 0.125, 0.25, 0.5])
-dampings = st.sampled_from([1e-3, 0.01, 1.0])
+powers = st.sampled_from([0.0, 0.25, 0.5])
+dampings = st.sampled_from([1e-2, 0.1, 1.0])
 rates = st.sampled_from([0.0, 0.08, 1.0, 5.0])
-STEPS, GAIN = 3, 0.7
+STEPS = 3
 
 
-def past_of(drawn: Drawn, dtype: torch.dtype) -> Past:
-    moments = [f.to(dtype) @ f.to(dtype).mT for f in drawn.factors]
-    return Past(moments, torch.full((drawn.matrices,), STEPS))
+@dataclass(frozen=True)
+class Drawn:
+    """What a step of some sites of some stacks starts from: a V, what is remembered, and rows, some of them unused."""
+
+    V: Tensor
+    sketch: Tensor
+    trace: Tensor
+    x: Tensor
+    used: int
+    sites: int
+
+    def step(self, dtype: torch.dtype, rate: float, power: float, damping: float) -> Step:
+        past = Past([self.sketch.to(dtype), self.trace.to(dtype)], torch.full((self.sites,), STEPS))
+        config = DecorrConfig(power=power, damping=damping)
+        count = torch.tensor(self.used).expand(len(self.x))
+        return step_factors([self.V.to(dtype)], self.x.to(dtype), count, config, rate, past)
+
+    def running(self, i: int, rate: float) -> Tensor:
+        """Return the second moment of stack number i after the step, before it is cut to its rank."""
+        return reference.running_moment(self.sketch[i].T @ self.sketch[i], self.x[i, : self.used], STEPS, rate)
+
+    def mean(self, i: int, rate: float) -> float:
+        """Return the mean eigenvalue of all of the second moment after the step."""
+        before = torch.diag(self.trace[i].expand(1)).double()
+        norms = self.x[i, : self.used].norm(dim=1)[:, None]
+        return float(reference.running_moment(before, norms, STEPS, rate)) / self.x.shape[2]
 
 
-def fast(drawn: Drawn, dtype: torch.dtype, rate: float, power: float, damping: float) -> Step:
-    x = drawn.x.to(dtype)
-    config = DecorrConfig(rule="power", power=power, damping=damping, gain=GAIN)
-    count = torch.tensor(drawn.used).expand(len(x))
-    return step_factors([f.to(dtype) for f in drawn.factors], x, count, config, rate, past_of(drawn, dtype))
+@st.composite
+def drawn(draw: st.DrawFn) -> Drawn:
+    sites, stacks, d = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    rank = draw(st.integers(1, d))
+    used, unused = draw(st.integers(1, 12)), draw(st.integers(0, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    options = {"generator": generator, "dtype": torch.float64}
+    directions = torch.linalg.qr(torch.randn(sites * stacks, d, d, **options))[0][:, :rank]
+    V = 0.9 * torch.rand(sites * stacks, rank, 1, **options) * directions
+    sketch = torch.rand(sites * stacks, rank, 1, **options) * directions
+    trace = 1.5 * sketch.square().sum((1, 2))
+    x = draw(st.sampled_from([0.1, 1.0, 10.0])) * torch.randn(sites * stacks, used + unused, d, **options)
+    x[:, used:] = 0
+    return Drawn(V, sketch, trace, x, used, sites)
 
 
-def expected_roots(drawn: Drawn, matrix: int, rate: float, power: float, damping: float) -> list[Tensor]:
-    """Return the new blocks of one matrix, and then its factor over taps where there is one."""
-    x, past = drawn.x[:, : drawn.used], past_of(drawn, torch.float64)
-    blocks = range(drawn.blocks(matrix).start, drawn.blocks(matrix).stop)
-    rows = [x[b].movedim(1, -1).flatten(0, -2) for b in blocks]
-    old = [past.moments[0][b] for b in blocks]
-    if len(drawn.factors) > 1:
-        rows.append(x[drawn.blocks(matrix)].flatten(0, -2))
-        old.append(past.moments[1][matrix])
-    sigmas = [reference.running_moment(Sigma, r, STEPS, rate) for Sigma, r in zip(old, rows, strict=True)]
-    first = len(blocks)
-    return [(GAIN if i < first else 1.0) * reference.root(Sigma, power, damping) for i, Sigma in enumerate(sigmas)]
-
-
-@given(sites(), rates, powers, dampings)
+@given(drawn(), rates, powers, dampings)
 @settings(max_examples=300)
-def test_float32_factors_agree_with_the_float64_reference(
-    drawn: Drawn, rate: float, power: float, damping: float
-) -> None:
-    step = fast(drawn, torch.float32, rate, power, damping)
-    for matrix in range(drawn.matrices):
-        blocks, taps = drawn.parts(matrix, step.factors)
-        got = [*blocks, *([] if taps is None else [taps])]
-        for factor, expected in zip(got, expected_roots(drawn, matrix, rate, power, damping), strict=True):
-            assert relative(factor, expected) < 1e-4
+def test_float32_R_agrees_with_the_float64_reference(d: Drawn, rate: float, power: float, damping: float) -> None:
+    (V,) = d.step(torch.float32, rate, power, damping).factors
+    for i in range(len(V)):
+        expected = reference.shrinking(d.running(i, rate), d.mean(i, rate), V.shape[1], power, damping)
+        assert relative(dense_R(V[i].double()), expected) < 1e-3
 
 
-@given(sites(), rates, powers, dampings)
-@settings(max_examples=300)
+@given(drawn(), rates)
+@settings(max_examples=200)
+def test_the_sketch_is_the_second_moment_cut_to_its_rank(d: Drawn, rate: float) -> None:
+    sketch, trace = d.step(torch.float64, rate, 0.5, 0.1).moments
+    for i in range(len(sketch)):
+        assert relative(sketch[i].T @ sketch[i], reference.truncated(d.running(i, rate), sketch.shape[1])) < 1e-9
+        assert float(trace[i]) == pytest.approx(d.mean(i, rate) * d.x.shape[2])
+        gram = sketch[i] @ sketch[i].T
+        assert relative(gram, torch.diag(gram.diagonal())) < 1e-7
+
+
+@given(drawn(), rates, powers, dampings)
+@settings(max_examples=200)
 def test_weights_follow_such_that_the_function_stands_still(
-    drawn: Drawn, rate: float, power: float, damping: float
+    d: Drawn, rate: float, power: float, damping: float
 ) -> None:
-    W = torch.randn(len(drawn.x), 3, *drawn.x.shape[2:], dtype=torch.float64)
-    step = fast(drawn, torch.float64, rate, power, damping)
-    followed = step.retreat(W)
-    for matrix in range(drawn.matrices):
-        before = drawn.rows(matrix, W) @ reference.dense(*drawn.parts(matrix))
-        after = drawn.rows(matrix, followed) @ reference.dense(*drawn.parts(matrix, step.factors))
-        assert relative(after, before) < 1e-9
+    W = torch.randn(len(d.x), 3, d.x.shape[2], dtype=torch.float64)
+    step = d.step(torch.float64, rate, power, damping)
+    stacks = len(W) // d.sites
+    for site in range(d.sites):
+        own = W[site * stacks : (site + 1) * stacks]
+        followed = step.retreat(own, site, d.sites)
+        for i, (before, after) in enumerate(zip(own, followed, strict=True), site * stacks):
+            assert relative(after @ dense_R(step.factors[0][i]), before @ dense_R(d.V[i])) < 1e-9
 
 
-@given(st.integers(1, 12), st.integers(0, 1000), powers, dampings)
-def test_a_root_is_a_power_that_keeps_the_mean_square_of_rows(d: int, seed: int, power: float, damping: float) -> None:
-    """Checked by what a root is: its own power is the inverse of what it was taken from, but for the gain."""
-    rows = torch.randn(5, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    Sigma = rows.T @ rows
-    R, inverse = (matrix[0] for matrix in root(Sigma[None], power, damping))
-    assert relative(R @ inverse, torch.eye(d, dtype=torch.float64)) < 1e-9
-    assert relative((rows @ R.T).square().sum(), rows.square().sum()) < 1e-9
-    if power:
-        damped = Sigma + damping * Sigma.trace() / d * torch.eye(d, dtype=torch.float64)
-        product = torch.linalg.matrix_power(R, round(1 / power)) @ damped
-        assert relative(product / product[0, 0], torch.eye(d, dtype=torch.float64)) < 1e-8
+def test_R_of_full_rank_and_power_one_half_whitens_what_is_far_above_the_damping() -> None:
+    """Checked by what whitening is: the second moment of z is the same in all directions."""
+    rows = torch.randn(50, 6, dtype=torch.float64) @ (torch.eye(6) + 0.2 * torch.ones(6, 6)).double()
+    Sigma = reference.measure(rows).M
+    delta = 1e-9 * torch.trace(Sigma)[None]
+    values, sketch = largest_directions(rows[None] / 50**0.5, 6)
+    z = rows @ dense_R(directions_to_shrink(values, sketch, delta, 0.5)[0])
+    M = reference.measure(z).M
+    assert relative(M / M[0, 0], torch.eye(6, dtype=torch.float64)) < 1e-4
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_what_has_no_root_spoils_neither_the_call_nor_its_neighbours(value: float) -> None:
-    good = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
-    R, _ = root(torch.stack([torch.full((3, 3), value), good]), 0.25, 0.01)
-    assert not R[0].isfinite().any()
-    torch.testing.assert_close(R[1].double(), reference.root(good.double(), 0.25, 0.01), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_rows_that_are_not_finite_spoil_neither_the_call_nor_their_neighbours(value: float) -> None:
+    good = torch.randn(4, 3)
+    values, sketch = largest_directions(torch.stack([torch.full((4, 3), value), good]), 3)
+    assert not values[0].isfinite().any() and not sketch[0].isfinite().any()
+    torch.testing.assert_close(sketch[1].T @ sketch[1], good.T @ good)
+
+
+def test_rows_of_zeros_leave_R_at_the_identity() -> None:
+    values, sketch = largest_directions(torch.zeros(1, 9, 3), 3)
+    assert not directions_to_shrink(values, sketch, torch.zeros(1), 0.5).any()
 
 
 def test_the_first_steps_take_the_plain_mean_of_all_rows_so_far() -> None:
     x = torch.randn(4, 5, 3, dtype=torch.float64)
-    moments, config = [torch.zeros(1, 3, 3, dtype=torch.float64)], DecorrConfig(rule="power")
+    moments = [torch.zeros(1, 3, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+    V = torch.zeros(1, 3, 3, dtype=torch.float64)
     for i, rows in enumerate(x):
         past = Past(moments, torch.tensor([i]))
-        moments = list(
-            step_factors([torch.eye(3).double()[None]], rows[None], torch.tensor([5]), config, 0.1, past).moments
-        )
-    torch.testing.assert_close(moments[0][0], reference.measure(x.flatten(0, 1)).M)
+        moments = list(step_factors([V], rows[None], torch.tensor([5]), DecorrConfig(), 0.1, past).moments)
+    torch.testing.assert_close(moments[0][0].T @ moments[0][0], reference.measure(x.flatten(0, 1)).M)
 
 
-def test_roots_of_a_batch_on_several_threads() -> None:
+@pytest.mark.parametrize("d", [100, 600], ids=["more rows than features", "fewer"])
+def test_directions_of_a_batch_on_several_threads(d: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        rows = torch.randn(3, 400, 256)
-        R, inverse = root(rows.mT @ rows, 0.25, 0.01)
-        torch.testing.assert_close(R @ inverse, torch.eye(256).expand(3, 256, 256), rtol=1e-4, atol=1e-4)
+        rows = torch.randn(3, 400, 30) @ torch.randn(3, 30, d)
+        _, sketch = largest_directions(rows, 30)
+        for own, B in zip(rows.double(), sketch.double(), strict=True):
+            assert relative(B.T @ B, own.T @ own) < 1e-4
     finally:
         torch.set_num_threads(threads)

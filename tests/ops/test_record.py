@@ -46,7 +46,7 @@ def all_patches(layer: nn.Module, x: Tensor) -> Tensor:
 def test_a_convolution_records_each_of_its_patches_once(case: LayerCase, steps: int) -> None:
     layer, x = case.make()
     expected = all_patches(layer, x)
-    site = recorded(layer, x, steps, structure="full", max_samples=len(expected) + 3)
+    site = recorded(layer, x, steps, rule="dbp", structure="full", max_samples=len(expected) + 3)
     order = sample_indices(len(expected), len(expected), torch.tensor(steps))
     assert site.seen == len(expected)
     torch.testing.assert_close(site.rows[: len(expected)], expected[order])

@@ -90,7 +90,7 @@ def test_each_site_has_a_count_of_its_own(drawn: Drawn) -> None:
 @given(sites(), rules, kappas)
 def test_no_step_is_longer_than_the_bound(drawn: Drawn, rule: RuleName, kappa: float) -> None:
     step = fast(drawn, torch.float64, rule, 1e9, kappa)
-    for transition, factor in zip(step.changes, step.factors, strict=True):
+    for transition, factor in zip(step.transitions, step.factors, strict=True):
         assert factor.isfinite().all()
         eye = torch.eye(factor.shape[-1], dtype=torch.float64).expand_as(factor)
         move = eye - transition.advance(eye) / transition.gain

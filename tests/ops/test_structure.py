@@ -2,6 +2,7 @@ from math import inf
 
 import torch
 from cases import LayerCase, layer_cases
+from factors import dense_R
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,9 +11,10 @@ from decorr_fx.ops import reference
 from decorr_fx.ops.cost import Work, choose_layouts
 from decorr_fx.ops.structure import (
     Layout,
+    decorrelate_rows,
     fold_taps,
     fold_weight,
-    mix,
+    identity_factors,
     mix_channels,
     stack_rows,
     stack_weight,
@@ -22,7 +24,8 @@ from decorr_fx.ops.structure import (
 
 
 def laid_out(plain: Layout, structure: str, max_dim: int) -> Layout:
-    config = DecorrConfig(structure=structure, max_dim=max_dim)
+    rule = DecorrConfig(rank=max_dim) if structure == "rank" else None
+    config = rule or DecorrConfig(rule="dbp", structure=structure, max_dim=max_dim)
     return choose_layouts([plain], config, Work.unknown(plain), affordable=inf)[0]
 
 
@@ -42,6 +45,8 @@ def factors_of(layout: Layout, seed: int = 0) -> list[torch.Tensor]:
 
 def dense_of_group(factors: list[torch.Tensor], layout: Layout, group: int) -> torch.Tensor:
     """Return R of one group as one matrix over its channel-major features."""
+    if layout.rank:
+        return dense_R(factors[0][group])
     blocks = range(group * layout.blocks, (group + 1) * layout.blocks)
     taps = None
     if layout.paired:
@@ -49,7 +54,7 @@ def dense_of_group(factors: list[torch.Tensor], layout: Layout, group: int) -> t
     return reference.dense([factors[0][block] for block in blocks], taps)
 
 
-structures = st.sampled_from(["auto", "full", "kronecker", "channels", "block"])
+structures = st.sampled_from(["rank", "auto", "full", "kronecker", "channels", "block"])
 
 
 @given(layer_cases(), structures, st.integers(1, 12))
@@ -74,7 +79,7 @@ def test_rows_are_mixed_by_the_same_matrix_as_weights(case: LayerCase, structure
     layout = laid_out(plain_layout(case), structure, max_dim)
     factors = factors_of(layout)
     x = torch.randn(3, layout.groups * layout.d, dtype=torch.float64)
-    z = mix(stack_rows(x[None], layout), [f.mT for f in factors])
+    z = decorrelate_rows(stack_rows(x[None], layout), factors, layout)
     flat = z.movedim(1, 0).reshape(3, layout.groups, layout.d)
     for group, rows in enumerate(x.reshape(3, layout.groups, layout.d).unbind(1)):
         expected = reference.decorrelate_rows(rows, dense_of_group(factors, layout, group))
@@ -87,6 +92,21 @@ def test_unstacking_inverts_stacking(case: LayerCase, structure: str, max_dim: i
     layout = laid_out(plain_layout(case), structure, max_dim)
     W = case.make()[0].weight.detach()
     assert torch.equal(unstack_weight(stack_weight(W, layout), W.shape, layout), W)
+
+
+@given(layer_cases(), structures, st.integers(1, 12))
+@settings(max_examples=60)
+def test_R_starts_as_the_identity(case: LayerCase, structure: str, max_dim: int) -> None:
+    layout = laid_out(plain_layout(case), structure, max_dim)
+    factors = identity_factors(layout, torch.device("cpu"), torch.float64)
+    assert [f.shape for f in factors] == [torch.Size(shape) for shape in layout.factor_shapes]
+    assert torch.equal(dense_of_group(factors, layout, 0), torch.eye(layout.d, dtype=torch.float64))
+
+
+@given(layer_cases(), structures)
+def test_a_layout_survives_being_written_as_numbers(case: LayerCase, structure: str) -> None:
+    layout = laid_out(plain_layout(case), structure, 5)
+    assert Layout.of_numbers(layout.numbers) == layout
 
 
 def test_folding_is_differentiable_in_the_weight_and_in_the_factors() -> None:
@@ -112,7 +132,7 @@ def test_R_on_the_channels_of_the_input_is_R_on_the_weight(case: LayerCase, stru
         return layer(x).detach()
 
     on_weight = outputs(x, fold_weight(W, factors, layout))
-    on_input = outputs(mix_channels(x, factors[0], spatial), fold_taps(W, factors))
+    on_input = outputs(mix_channels(x, factors[0], spatial, layout), fold_taps(W, factors))
     torch.testing.assert_close(on_input, on_weight)
 
 
@@ -121,6 +141,9 @@ def test_every_factor_has_its_rows_and_hardly_more_samples_are_kept_than_that(
     case: LayerCase, structure: str, max_samples: int
 ) -> None:
     layout = laid_out(plain_layout(case), structure, 256)
+    if layout.rank:
+        assert layout.slots(max_samples) == max_samples
+        return
     slots = layout.slots(max_samples)
     rows = stack_rows(torch.zeros(1, slots, layout.groups * layout.d), layout)
     fewest = min(unfold_mode(rows, mode, f).shape[1] for mode, (f, _, _) in enumerate(layout.factor_shapes))

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from factors import is_identity
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, fx, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import decorr_fx
 from decorr_fx import ConfigError
 from decorr_fx.passes import adapters
-from decorr_fx.runtime.state import Site, sites_of
+from decorr_fx.runtime.state import sites_of
 
 D_IN, D_OUT = 6, 4
 
@@ -95,10 +96,6 @@ def train(model: nn.Module, run: Callable[[], Tensor]) -> None:
         optimizer.step()
 
 
-def moved(site: Site) -> bool:
-    return any(not torch.equal(f, torch.eye(f.shape[-1]).expand_as(f)) for f in site.factors)
-
-
 def assert_trains_and_folds(plain: nn.Module, sites: list[str]) -> nn.Module:
     """Check a model from its first output to the fold, which is returned."""
     x, reference = torch.randn(9, D_IN), copy.deepcopy(plain)
@@ -107,7 +104,7 @@ def assert_trains_and_folds(plain: nn.Module, sites: list[str]) -> nn.Module:
     assert [site.fqn for site in decorr_fx.report(model).sites] == sites
     assert not decorr_fx.report(model).skipped
     train(model, lambda: model(x))
-    assert all(moved(site) for site in sites_of(model))
+    assert not any(is_identity(site) for site in sites_of(model))
     unfolded = copy.deepcopy(reference)
     unfolded.load_state_dict({key: model.state_dict()[key] for key in reference.state_dict()})
     folded = decorr_fx.fold(model)
@@ -252,7 +249,7 @@ def test_lora_of_peft_trains_its_own_R_and_folds_and_merges(make: Callable[[], n
     slopes = torch.linspace(0, 1, 16)  # a norm at the end leaves no gradient for the plain sum of squares
     train(model, lambda: model(input_ids=ids).last_hidden_state * slopes)
     for site, counts in zip(sites_of(model), decorr_fx.stats(model), strict=True):
-        assert moved(site) == (counts.steps > 0) == ("lora_" in counts.fqn)
+        assert (not is_identity(site)) == (counts.steps > 0) == ("lora_" in counts.fqn)
     expected = model.eval()(input_ids=ids).last_hidden_state
     folded = decorr_fx.fold(model)
     assert [type(m) for m in folded.modules()] == [type(m) for m in plain.modules()]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from factors import dense_R, is_identity
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -48,12 +49,13 @@ def test_the_function_of_a_real_network_stands_still() -> None:
 
 
 def test_R_is_the_closed_form_of_all_rows() -> None:
-    model = decorr_fx.transform(nn.Sequential(nn.Linear(5, 4)), DecorrConfig(structure="full", max_samples=7))
+    model = decorr_fx.transform(nn.Sequential(nn.Linear(5, 4)), DecorrConfig(max_samples=7))
     seen = [torch.randn(7, 5) @ torch.randn(5, 5) for _ in range(4)]
     decorr_fx.calibrate(model, seen)
     Sigma = reference.measure(torch.cat(seen).double()).M
-    expected = model[0].weight_decorr.spec.config.gain * reference.root(Sigma, 0.25, 0.01)
-    torch.testing.assert_close(model[0].weight_decorr.R[0].double(), expected, rtol=1e-4, atol=1e-4)
+    config, V = DecorrConfig(), model[0].weight_decorr.V[0].double()
+    expected = reference.shrinking(Sigma, float(Sigma.trace()) / 5, 5, config.power, config.damping)
+    torch.testing.assert_close(dense_R(V), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_random_numbers_and_modes_are_what_they_were() -> None:
@@ -106,13 +108,15 @@ def test_what_R_was_before_does_not_count() -> None:
     decorr_fx.calibrate(trained, [100 * torch.randn(16, 5) @ torch.randn(5, 5) for _ in range(9)])
     for model in (fresh, trained):
         decorr_fx.calibrate(model, seen)
-    torch.testing.assert_close(trained[0].weight_decorr.R, fresh[0].weight_decorr.R)
+    R_of_trained, R_of_fresh = (dense_R(model[0].weight_decorr.V[0]) for model in (trained, fresh))
+    torch.testing.assert_close(R_of_trained, R_of_fresh)
 
 
-def test_a_layer_that_sees_zeros_is_left_out() -> None:
+def test_a_layer_that_sees_zeros_keeps_the_identity() -> None:
     model = decorr_fx.transform(nn.Sequential(nn.Linear(5, 4), nn.Threshold(1e6, 0.0), nn.Linear(4, 2)))
     decorr_fx.calibrate(model, [torch.randn(8, 5)])
-    assert [int(site.steps) for site in sites_of(model)] == [1, 0]
+    assert [is_identity(site) for site in sites_of(model)] == [False, True]
+    assert all((site.steps, site.refused) == (1, 0) for site in decorr_fx.stats(model))
 
 
 def test_an_interruption_leaves_everything_as_it_was() -> None:

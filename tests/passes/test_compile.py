@@ -68,7 +68,7 @@ def test_a_factor_over_taps_of_a_large_weight_is_no_break() -> None:
     plain = nn.Sequential(
         nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-    model = decorr_fx.transform(plain, DecorrConfig(structure="kronecker"))
+    model = decorr_fx.transform(plain, DecorrConfig(rule="dbp", structure="kronecker"))
     x = torch.randn(3, 64, 7, 7)
     model(x).square().sum().backward()
     decorr_fx.step(model)

@@ -20,7 +20,7 @@ def small_images() -> nn.Module:
 
 
 def structures(model: nn.Module, x: object) -> list[str]:
-    return [site.structure for site in decorr_fx.report(model, example_inputs=x).sites]
+    return [site.structure for site in decorr_fx.report(model, DecorrConfig(rule="dbp"), example_inputs=x).sites]
 
 
 def test_the_size_of_an_example_counts_and_their_number_does_not() -> None:
@@ -52,7 +52,8 @@ def test_the_report_before_and_after_tell_the_same() -> None:
 
 def test_a_budget_is_kept_by_the_whole_model() -> None:
     x = torch.randn(2, 3, 16, 16)
-    costs = [decorr_fx.report(small_images(), DecorrConfig(cost_budget=b), example_inputs=x).cost for b in (1e-3, 0.5)]
+    configs = [DecorrConfig(rule="dbp", cost_budget=budget) for budget in (1e-3, 0.5)]
+    costs = [decorr_fx.report(small_images(), config, example_inputs=x).cost for config in configs]
     assert costs[0] < 1e-3 < costs[1] < 0.5
 
 

@@ -22,7 +22,7 @@ def with_a_site(module: nn.Module) -> nn.Module:
 
 def test_the_report_is_the_plan_before_and_the_fact_after() -> None:
     plain = small_cnn()
-    arguments = {"config": DecorrConfig(structure="kronecker"), "overrides": {"8": None}}
+    arguments = {"config": DecorrConfig(rule="dbp", structure="kronecker"), "overrides": {"8": None}}
     plan = decorr_fx.report(plain, **arguments)
     fact = decorr_fx.report(decorr_fx.transform(plain, **arguments))
     assert plan == fact
@@ -30,7 +30,9 @@ def test_the_report_is_the_plan_before_and_the_fact_after() -> None:
     assert decorr_fx.report(double) == decorr_fx.report(decorr_fx.transform(double))
     first = plan.sites[0]
     assert (first.fqn, first.kind, first.d, first.groups, first.structure) == ("0", "conv2d", 27, 1, "kronecker")
-    assert first.bytes == 2 * 4 * (3 * 3 + 9 * 9)  # the factors, and their running moments
+    assert first.bytes == 4 * (3 * 3 + 9 * 9)
+    default = decorr_fx.report(plain, DecorrConfig(rank=5)).sites[0]
+    assert (default.structure, default.bytes) == ("rank 5", 4 * (2 * 5 * 27 + 1))  # V, and what is remembered
     assert plan.sites[1].groups == 8
     table = str(plan)
     assert "conv2d" in table

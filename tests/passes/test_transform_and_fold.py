@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from cases import MODELS, LayerCase, ModelCase, layer_cases, small_cnn
+from factors import is_identity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def train(model: nn.Module, x: Tensor, steps: int = 4, lr: float = 0.05) -> None
 
 def moved(model: nn.Module) -> list[bool]:
     """Tell of every site whether its R has left the identity."""
-    return [any(not torch.equal(f, torch.eye(f.shape[-1]).expand_as(f)) for f in s.factors) for s in sites_of(model)]
+    return [not is_identity(site) for site in sites_of(model)]
 
 
 @models
@@ -86,7 +87,7 @@ def test_a_trained_model_folds_into_the_plain_class(case: ModelCase) -> None:
 @given(
     layer_cases(),
     st.sampled_from(["full", "kronecker", "block"]),
-    st.sampled_from(["dbp", "dbp-normalized", "crgd"]),
+    st.sampled_from(["power", "dbp", "dbp-normalized", "crgd"]),
     st.booleans(),
     st.booleans(),
 )
@@ -96,8 +97,8 @@ def test_any_layer_trains_and_folds(
 ) -> None:
     layer, x = case.make(torch.float32)
     config = DecorrConfig(
-        structure=structure, rule=rule, center=center, preserve_function=preserve_function, max_dim=6, decor_lr=0.1,
-        update_every=1,
+        structure="auto" if rule == "power" else structure, rule=rule, rank=4, center=center,
+        preserve_function=preserve_function, max_dim=6, decor_lr=0.1, update_every=1,
     )  # fmt: skip
     model = decorr_fx.transform(layer, config)
     expected = copy.deepcopy(layer)(x)
@@ -111,11 +112,13 @@ def test_any_layer_trains_and_folds(
     layer.load_state_dict(folded.state_dict(), strict=True)
 
 
-@given(layer_cases(), st.sampled_from(["full", "kronecker", "block"]), st.booleans())
+@given(layer_cases(), st.sampled_from(["auto", "full", "kronecker", "block"]), st.booleans())
 @settings(max_examples=80)
 def test_a_function_preserving_step_leaves_the_outputs(case: LayerCase, structure: str, center: bool) -> None:
     layer, x = case.make(torch.float32)
-    model = decorr_fx.transform(layer, DecorrConfig(structure=structure, center=center, max_dim=6, decor_lr=0.1))
+    rule = "power" if structure == "auto" else "dbp"
+    config = DecorrConfig(rule=rule, rank=4, structure=structure, center=center, max_dim=6, decor_lr=0.1)
+    model = decorr_fx.transform(layer, config)
     before = model(x).detach()
     decorr_fx.step(model)
     after = model(x).detach()
@@ -217,14 +220,14 @@ def test_copies_and_pickles_are_independent_models() -> None:
 def test_statistics_and_R_stay_in_float32_when_the_model_is_cast() -> None:
     model = decorr_fx.transform(nn.Linear(6, 4))
     train(model, torch.randn(8, 6))
-    R = model.weight_decorr.R.clone()
+    V = model.weight_decorr.V.clone()
     model.to(torch.bfloat16)
     assert model.weight.dtype is torch.bfloat16
-    assert torch.equal(model.weight_decorr.R, R)
+    assert torch.equal(model.weight_decorr.V, V)
     train(model, torch.randn(8, 6, dtype=torch.bfloat16))
     assert model.weight_decorr.rows.dtype is torch.float32
     assert decorr_fx.fold(model).weight.dtype is torch.bfloat16
-    assert model.double().weight_decorr.R.dtype is torch.float64
+    assert model.double().weight_decorr.V.dtype is torch.float64
 
 
 def test_the_graph_has_a_record_and_a_decorrelate_node_before_the_call_and_eval_records_nothing() -> None:

@@ -25,9 +25,9 @@ class Three(nn.Module):
 
 
 CONFIGS = [
-    DecorrConfig(), DecorrConfig(structure="kronecker"), DecorrConfig(structure="block", max_dim=9),
+    DecorrConfig(), DecorrConfig(rank=3, center=True), DecorrConfig(rule="dbp"),
+    DecorrConfig(rule="dbp", structure="kronecker"), DecorrConfig(rule="dbp", structure="block", max_dim=9),
     DecorrConfig(rule="crgd", center=True), DecorrConfig(max_samples=5), DecorrConfig(preserve_function=False),
-    DecorrConfig(rule="power"), DecorrConfig(rule="power", structure="kronecker", center=True),
 ]  # fmt: skip
 
 

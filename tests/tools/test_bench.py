@@ -18,13 +18,13 @@ TINY = ["--model", "linears", "--batch", "16", "--seconds", "0.1"]
 
 
 def test_a_case_is_measured_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--methods", "auto", "kronecker", "textbook", "--out", str(tmp_path)]) == 0
+    assert main([*TINY, "--methods", "power", "dbp-kronecker", "textbook", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "linears, 16 x 256, float32, eager, cpu" in printed and "textbook" in printed
     whole = json.loads((tmp_path / "bench-linears.json").read_text())
     assert whole["torch"] == torch.__version__ and whole["threads"] == torch.get_num_threads()
     (case,) = whole["cases"]
-    assert [result["method"] for result in case["results"]] == ["plain", "auto", "kronecker", "textbook"]
+    assert [result["method"] for result in case["results"]] == ["plain", "power", "dbp-kronecker", "textbook"]
     for result in case["results"]:
         assert result["steps"] >= 12
         assert sum(result["phases"].values()) == pytest.approx(result["step"]["median"], rel=0.8)
@@ -116,4 +116,4 @@ def test_suites_name_models_and_methods_that_there_are() -> None:
     for suite in SUITES.values():
         for case in suite:
             assert set(case.methods) <= set(METHODS)
-    prepare(Case("vit_tiny_patch16_224", batch=1, size=224), "auto")
+    prepare(Case("vit_tiny_patch16_224", batch=1, size=224), "power")
