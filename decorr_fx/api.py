@@ -82,7 +82,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         ConfigError: the rule of a layer is not `power`, it is centred, or its weight does not follow R.
         ModelError: there is no batch, the model does not run on one, or every R is paused or has a frozen weight.
         LayerError: a batch gives a layer inputs that are not finite, or a weight was untied after `transform`.
-        DistributedError: there are several ranks.
+        DistributedError: R is not the same on all ranks.
 
     After any error, of the batches' own too, the model is as it was.
     """
@@ -173,7 +173,7 @@ def step(model: nn.Module) -> None:
 
     Raises:
         NotTransformedError: the model is plain.
-        DistributedError: there are several ranks.
+        DistributedError: R is not the same on all ranks.
         LayerError: a weight was untied after `transform`.
     """
     stepper.step_sites(sites_of(_transformed(model)))

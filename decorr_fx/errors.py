@@ -30,7 +30,7 @@ class CheckpointError(DecorrError, ValueError):
 
 
 class DistributedError(DecorrError, RuntimeError):
-    """R would move differently on each of several ranks."""
+    """R is not the same on each of several ranks."""
 
 
 class PassError(DecorrError, RuntimeError):

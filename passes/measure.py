@@ -61,7 +61,7 @@ def measure_works(model: nn.Module, settings: Settings, example: Example) -> dic
 def _retire(sites: Sequence[Site]) -> None:
     """Let no optimizer see the sites, and give back their memory: the copy is a cycle, and lives until it is found."""
     for site in sites:
-        LIVE_SITES.discard(site)
+        LIVE_SITES.pop(site, None)
         site.to("meta")
 
 

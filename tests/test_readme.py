@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from bench_report import markdown_table as table_of_costs
 from study_clock import clocks_of
 from study_grid import read_study
@@ -21,7 +22,7 @@ from decorr_fx.passes import adapters
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-QUICKSTART, SETTINGS, ADAPTER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+QUICKSTART, SETTINGS, MANY_GPUS, ADAPTER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_quickstart_runs_and_is_on_the_first_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +40,16 @@ def test_the_settings_run_on_a_model_with_such_names() -> None:
     exec(SETTINGS, names)
     (site,) = decorr_fx.report(names["model"]).sites
     assert site.fqn == "layer4.0"
+
+
+def test_the_lines_for_many_gpus_run_in_a_process_group(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        names = {"decorr_fx": decorr_fx, "torch": torch, "model": nn.Linear(4, 2)}
+        exec(MANY_GPUS, names)
+        assert len(decorr_fx.report(names["model"].module).sites) == 1
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_adapter_makes_a_site_of_its_layer(

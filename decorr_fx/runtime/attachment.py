@@ -1,6 +1,6 @@
 """What the root of a transformed model carries besides its sites: the skipped layers, and a check on what is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +12,33 @@ from decorr_fx.runtime.report import SkippedRecord
 from decorr_fx.runtime.state import Site
 
 _ATTRIBUTE = "_decorr_attachment"
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel reads it off the module that it wraps
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """The layers that `transform` left as they are, and the handle of the check on checkpoints."""
+    """What `attach` has put on a model.
+
+    Attributes:
+        skipped: the layers that `transform` left as they are.
+        checkpoint_check: the handle of the check on checkpoints.
+        ignored_by_ddp: what DistributedDataParallel was to leave alone before; None if nothing was said.
+    """
 
     skipped: tuple[SkippedRecord, ...]
     checkpoint_check: RemovableHandle
+    ignored_by_ddp: Sequence[str] | None
 
 
 def attach(model: nn.Module, skipped: tuple[SkippedRecord, ...]) -> None:
     """Make `model` the root of a transformed model."""
     handle = model.register_load_state_dict_pre_hook(check_checkpoint)  # type: ignore[no-untyped-call]
-    vars(model)[_ATTRIBUTE] = Attachment(skipped, handle)
+    before = vars(model).get(_IGNORED_BY_DDP)
+    vars(model)[_ATTRIBUTE] = Attachment(skipped, handle, before)
+    # every rank has the same R without being told, and rows of its own
+    sites = [(fqn, module) for fqn, module in model.named_modules() if isinstance(module, Site)]
+    own = [f"{fqn}.{buffer}" for fqn, site in sites for buffer in site._buffers]
+    vars(model)[_IGNORED_BY_DDP] = [*(before or ()), *own]
 
 
 def detach(model: nn.Module) -> None:
@@ -33,6 +46,9 @@ def detach(model: nn.Module) -> None:
     attachment = vars(model).pop(_ATTRIBUTE, None)
     if attachment is not None:
         attachment.checkpoint_check.remove()
+        del vars(model)[_IGNORED_BY_DDP]
+        if attachment.ignored_by_ddp is not None:
+            vars(model)[_IGNORED_BY_DDP] = attachment.ignored_by_ddp
 
 
 def skipped_of(model: nn.Module) -> tuple[SkippedRecord, ...]:

@@ -14,19 +14,29 @@ from decorr_fx.ops.power import Past
 from decorr_fx.ops.product import full_precision
 from decorr_fx.ops.step import Step, step_factors
 from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
-from decorr_fx.runtime.state import Site
+from decorr_fx.runtime.state import Recorded, Site
 
 MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
 
 
-def group_by_shape(sites: Iterable[tuple[Site, float]]) -> Iterator[tuple[list[Site], float]]:
-    """Yield the sites that can step together, with their step size, given each with its own."""
-    groups: dict[Any, list[Site]] = {}
-    for site, decor_lr in sites:
-        shapes = tuple((weight.layout, weight.centered) for weight in site.spec.weights)
-        key = (shapes, site.spec.config, site.rows.dtype, site.rows.device, decor_lr)
-        groups.setdefault(key, []).append(site)
-    yield from ((group, key[-1]) for key, group in groups.items())
+@dataclass(frozen=True)
+class Move:
+    """A step of R that is to be taken: of which site, on which rows, and how far."""
+
+    site: Site
+    recorded: Recorded
+    decor_lr: float
+
+
+def group_by_shape(moves: Iterable[Move]) -> Iterator[list[Move]]:
+    """Yield the moves that can be made together."""
+    groups: dict[Any, list[Move]] = {}
+    for one in moves:
+        shapes = tuple((weight.layout, weight.centered) for weight in one.site.spec.weights)
+        rows = one.recorded.rows
+        key = (shapes, one.site.spec.config, rows.shape, rows.dtype, rows.device, one.decor_lr)
+        groups.setdefault(key, []).append(one)
+    yield from groups.values()
 
 
 @dataclass(frozen=True)
@@ -38,20 +48,20 @@ class Update:
 
 
 @torch.no_grad()
-def move(sites: Sequence[Site], decor_lr: float) -> None:
+def move(moves: Sequence[Move]) -> None:
     """Move the R of sites of equal shape by one step, on the rows recorded since the last one.
 
     A site without rows does not move. A step whose rows or results are not finite is refused and counted.
     """
-    spec, slots = sites[0].spec, len(sites[0].rows)
-    layout, config = spec.layout, spec.config
+    sites, decor_lr = [one.site for one in moves], moves[0].decor_lr
+    layout, config = sites[0].spec.layout, sites[0].spec.config
     with full_precision(sites[0].rows.device):
-        seen = torch.stack([site.seen for site in sites])
-        used = torch.arange(slots, device=seen.device) < seen[:, None]
-        x = stack_rows(torch.stack([site.rows for site in sites]).where(used[..., None], 0), layout)
-        count = seen.clamp(max=slots).repeat_interleave(layout.stacks)
+        used = torch.stack([one.recorded.used for one in moves])
+        x = stack_rows(torch.stack([one.recorded.rows for one in moves]).where(used[..., None], 0), layout)
+        seen = used.sum(1)
+        count = seen.repeat_interleave(layout.stacks)
         means = None
-        if spec.demeaned:
+        if sites[0].spec.demeaned:
             means, x = _demean(sites, x, count, used.repeat_interleave(layout.stacks, 0))
         factors = [_join(of_sites) for of_sites in zip(*(site.factors for site in sites), strict=True)]
         step = step_factors(factors, x, count, config, decor_lr, _past(sites))

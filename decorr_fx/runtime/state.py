@@ -1,8 +1,9 @@
 """A site: one R with the weights that it is applied to, its factors, and the rows recorded for its next step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,16 @@ from decorr_fx.ops.structure import Layout, fold_taps, fold_weight, identity_fac
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.weight import SiteWeight
 
-LIVE_SITES: "WeakSet[Site]" = WeakSet()  # every site there is, copies included: the optimizer hook looks here
+# Every site there is, copies included, in the order in which they were made: the optimizer hook looks here.
+LIVE_SITES: "WeakKeyDictionary[Site, None]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Rows of a site's input for a step of R, `[n, groups * d]`, and which of them are in use, `[n]`."""
+
+    rows: Tensor
+    used: Tensor
 
 
 class Site(nn.Module):
@@ -42,6 +52,7 @@ class Site(nn.Module):
         self.in_place: dict[int, Tensor] = {}  # `W R` where it stands in the place of W, while a forward runs
         self.paused = False
         self.attempts = 0  # of the optimizer, on the host: which of them move R, and decor_lr, depend on it
+        self.same_on_all_ranks = False  # R has been checked to be
         like = self.weights[0].get()
         device, dtype = like.device, _at_least_float32(like.dtype)
         layout, slots = spec.layout, spec.slots
@@ -57,7 +68,7 @@ class Site(nn.Module):
         self.register_buffer("rows", torch.zeros(slots, width, device=device, dtype=dtype), persistent=False)
         self.register_buffer("seen", torch.zeros((), device=device, dtype=torch.int64), persistent=False)
         self.register_buffer("losses", torch.zeros(2, device=device, dtype=dtype), persistent=False)
-        LIVE_SITES.add(self)
+        LIVE_SITES[self] = None
 
     @property
     def factors(self) -> list[Tensor]:
@@ -178,6 +189,10 @@ class Site(nn.Module):
         most = self.spec.config.update_every
         return self.attempts * GOLDEN % 1 < 1 / min(most, 1 + self.attempts // most)
 
+    def recorded(self) -> Recorded:
+        """Return what this process has recorded since the last step of R."""
+        return Recorded(self.rows, torch.arange(len(self.rows), device=self.seen.device) < self.seen)
+
     def forget(self) -> None:
         """Drop the rows recorded so far."""
         self.seen.zero_()
@@ -191,6 +206,7 @@ class Site(nn.Module):
         if self.spec.demeaned:
             self.mean.zero_()
         self.reset_counters()
+        self.same_on_all_ranks = False
 
     def reset_moments(self) -> None:
         """Let running moments start anew, with the next step as the first one."""
@@ -226,6 +242,7 @@ class Site(nn.Module):
             return  # the checkpoint of a plain model, or a part of one: nothing of ours is missing
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.forget()
+        self.same_on_all_ranks = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Site":
         before = dict(self._buffers)
@@ -242,7 +259,7 @@ class Site(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.paused = False
         self.in_place = {}
-        LIVE_SITES.add(self)  # a deep copy, or an unpickled one
+        LIVE_SITES[self] = None  # a deep copy, or an unpickled one
 
     def extra_repr(self) -> str:
         """Describe the site in a printed model."""

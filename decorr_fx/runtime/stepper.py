@@ -4,45 +4,65 @@ A loop that is valid for W, which changes in place at `optimizer.step()`, is the
 two forwards before one backward, checkpointing, skipped steps of a GradScaler, several optimizers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from decorr_fx.errors import DistributedError
-from decorr_fx.runtime.move import group_by_shape, move
+from decorr_fx.runtime.distributed import Exchange, check_same, ranks, start_exchange
+from decorr_fx.runtime.move import Move, group_by_shape, move
 from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
+
+_ON_THEIR_WAY: "WeakKeyDictionary[Optimizer, list[Exchange]]" = WeakKeyDictionary()  # while an optimizer steps
 
 
 @cache
 def follow_optimizers() -> None:
     """Let every site follow the optimizer that owns its weight, from now on; calling it again does nothing."""
+    register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Let rows of several ranks be on their way while the optimizer steps: all of them are recorded by now."""
+    _ON_THEIR_WAY.pop(optimizer, None)
+    given = (*args[1:], *kwargs.values())  # a closure would run forwards now; the first argument is the optimizer
+    if ranks() > 1 and all(argument is None for argument in given):
+        sites = ready_sites(_owned_by(optimizer))
+        check_same(sites)
+        _ON_THEIR_WAY[optimizer] = start_exchange([site for site in sites if site.due])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    step_sites(_owned_by(optimizer), _ON_THEIR_WAY.pop(optimizer, None))
+
+
+def _owned_by(optimizer: Optimizer) -> Iterator[Site]:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    step_sites(site for site in list(LIVE_SITES) if owned.issuperset(id(weight.find()) for weight in site.weights))
+    return (site for site in list(LIVE_SITES) if owned.issuperset(id(weight.find()) for weight in site.weights))
 
 
-def step_sites(sites: Iterator[Site]) -> None:
+def step_sites(sites: Iterable[Site], on_their_way: Sequence[Exchange] | None = None) -> None:
     """Step the given sites, except those that are paused or have a frozen weight, which could not follow.
 
     Raises:
-        DistributedError: there are several ranks, each of which would move R by its own rows.
+        DistributedError: R is not the same on all ranks.
         LayerError: a weight was untied after `transform`; no R has moved then.
     """
     ready = ready_sites(sites)
-    due = [(site, decor_lr) for site in ready if (decor_lr := site.advance()) is not None]
-    for group, decor_lr in group_by_shape(due):
-        move(group, decor_lr)
+    if on_their_way is None:
+        check_same(ready)
+    due = {site: decor_lr for site in ready if (decor_lr := site.advance()) is not None}
+    _move_all(due, on_their_way)
     for site in ready:
         site.forget()
 
@@ -52,17 +72,27 @@ def move_recorded(sites: Sequence[Site]) -> None:
 
     No step of an optimizer is counted.
     """
-    for group, rate in group_by_shape((site, 0.0) for site in sites):
-        move(group, rate)
+    check_same(sites)
+    _move_all(dict.fromkeys(sites, 0.0))
     for site in sites:
         site.forget()
+
+
+def _move_all(sites: Mapping[Site, float], on_their_way: Sequence[Exchange] | None = None) -> None:
+    """Move the R of each site by its step size, on the rows of all ranks."""
+    if ranks() > 1:
+        exchanges = start_exchange(list(sites)) if on_their_way is None else on_their_way
+        recorded = dict(chain.from_iterable(exchange.wait() for exchange in exchanges))
+    else:
+        recorded = {site: site.recorded() for site in sites}
+    for group in group_by_shape(Move(site, recorded[site], decor_lr) for site, decor_lr in sites.items()):
+        move(group)
 
 
 def ready_sites(sites: Iterable[Site]) -> list[Site]:
     """Return the sites that can move now: not paused, nor of a frozen weight; those drop their rows.
 
     Raises:
-        DistributedError: there are several ranks, each of which would move R by its own rows.
         LayerError: a weight was untied after `transform`.
     """
     ready = []
@@ -71,21 +101,12 @@ def ready_sites(sites: Iterable[Site]) -> list[Site]:
         if site.paused or len(parameters) < len(site.weights):
             continue
         if all(parameter.requires_grad for parameter in parameters):
-            _check_one_rank(site)
             for weight in site.weights:
                 weight.check()
             ready.append(site)
         else:
             site.forget()
     return ready
-
-
-def _check_one_rank(site: Site) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise DistributedError(
-            f"layer {site.spec.fqn!r}: {dist.get_world_size()} ranks train together, and each would move R on its own; "
-            "train on one rank, or keep R still with decorr_fx.paused(model)"
-        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from decorr_fx.ops.cost import (
     waiting_flops,
 )
 from decorr_fx.ops.structure import Layout
-from decorr_fx.runtime.move import move
+from decorr_fx.runtime.move import Move, move
 from decorr_fx.runtime.state import sites_of
 
 
@@ -128,7 +128,7 @@ def test_moving_R_takes_the_flops_that_are_counted(config: DecorrConfig, rows: i
     (site,) = sites_of(model)
     model(torch.randn(10, 32, 40))
     with FlopCounterMode(display=False) as counter:
-        move([site], 0.01)
+        move([Move(site, site.recorded(), 0.01)])
     layout = site.spec.layout
     counted = move_flops([layout], Work(380, 10 * 32 * 40), config)
     uncounted = layout.rank**3 + EIGENVALUES * min(rows + layout.rank, layout.d) ** 3 if layout.rank else 0

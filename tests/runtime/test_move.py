@@ -8,7 +8,7 @@ from torch import nn
 
 import decorr_fx
 from decorr_fx import DecorrConfig
-from decorr_fx.runtime.move import group_by_shape, move
+from decorr_fx.runtime.move import Move, group_by_shape, move
 from decorr_fx.runtime.state import Site, sites_of
 
 
@@ -31,8 +31,12 @@ CONFIGS = [
 ]  # fmt: skip
 
 
-def groups_of(model: nn.Module) -> list[list[Site]]:
-    return [group for group, _ in group_by_shape([(site, 0.05) for site in sites_of(model)])]
+def move_of(site: Site) -> Move:
+    return Move(site, site.recorded(), 0.05)
+
+
+def groups_of(model: nn.Module) -> list[list[Move]]:
+    return list(group_by_shape(move_of(site) for site in sites_of(model)))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -42,11 +46,11 @@ def test_a_batch_of_sites_steps_as_one_by_one(config: DecorrConfig, with_b: bool
     together(torch.randn(4, 6, 20), with_b)
     alone = copy.deepcopy(together)
     groups = groups_of(together)
-    assert [[site.spec.fqn for site in group] for group in groups] == [["a", "b"], ["c"]]
+    assert [[one.site.spec.fqn for one in group] for group in groups] == [["a", "b"], ["c"]]
     for group in groups:
-        move(group, 0.05)
+        move(group)
     for site in sites_of(alone):
-        move([site], 0.05)
+        move([move_of(site)])
     for (key, got), expected in zip(together.state_dict().items(), alone.state_dict().values(), strict=True):
         torch.testing.assert_close(got, expected, msg=key)
     assert [site.steps for site in sites_of(together)] == [1, int(with_b), 1]
@@ -58,7 +62,7 @@ def test_a_site_that_is_refused_does_not_hold_up_the_others() -> None:
     model(torch.randn(4, 6, 20))
     model.b.weight_decorr.rows[0, 0] = torch.nan
     for group in groups_of(model):
-        move(group, 0.05)
+        move(group)
     stats = {s.fqn: (s.steps, s.refused) for s in decorr_fx.stats(model)}
     assert stats == {"a": (1, 0), "b": (0, 1), "c": (1, 0)}
     assert torch.equal(model.b.weight, before["b.weight"])
@@ -67,4 +71,4 @@ def test_a_site_that_is_refused_does_not_hold_up_the_others() -> None:
 
 def test_other_settings_are_another_group() -> None:
     model = decorr_fx.transform(Three(), overrides={"b": DecorrConfig(kappa=0.1)})
-    assert [[site.spec.fqn for site in group] for group in groups_of(model)] == [["a"], ["b"], ["c"]]
+    assert [[one.site.spec.fqn for one in group] for group in groups_of(model)] == [["a"], ["b"], ["c"]]
