@@ -98,6 +98,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         NotTransformedError: the model is plain, or was folded already.
         LayerError: a weight was pruned, parametrized or untied after `transform`.
+        DistributedError: a weight is sharded over several ranks.
     """
     return FoldDecorrelation()(_unwrapped(model))
 

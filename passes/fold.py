@@ -12,7 +12,7 @@ class FoldDecorrelation(Pass[nn.Module]):
     """Return a plain copy of a transformed model: the original classes, names and shapes, with R folded in."""
 
     def requires(self, model: nn.Module) -> None:
-        """The model is transformed."""
+        """The model is transformed, and its weights are whole."""
         if next(sites_of(model), None) is None:
             raise NotTransformedError(
                 f"{type(model).__name__} has no decorrelated layer: it is plain, or was folded already; use it as it is"
@@ -20,6 +20,7 @@ class FoldDecorrelation(Pass[nn.Module]):
         for site in sites_of(model):
             for weight in site.weights:
                 weight.check()
+                weight.check_whole()
 
     def call(self, model: nn.Module) -> nn.Module:
         """Fold every site into the parameters of a copy."""

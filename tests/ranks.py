@@ -10,13 +10,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+def on_ranks(world_size: int, check: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Call a function of a test module on so many ranks; `folder` is for them to meet, and is to be empty."""
+    mp.spawn(_run, (world_size, str(folder / "store"), check, arguments), nprocs=world_size)
+
+
 def distributed_test(world_size: Sequence[int]) -> Callable[[Callable[[], None]], Any]:
     """Run a function of a test module on so many ranks, as a test for each number of them."""
 
     def decorate(check: Callable[[], None]) -> Any:
         @pytest.mark.parametrize("world_size", world_size)
         def test(world_size: int, tmp_path: Path) -> None:
-            mp.spawn(_run, (world_size, str(tmp_path / "store"), test), nprocs=world_size)
+            on_ranks(world_size, test, tmp_path)
 
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):  # by which a new process finds it again
             setattr(test, name, getattr(check, name))
@@ -26,11 +31,11 @@ def distributed_test(world_size: Sequence[int]) -> Callable[[Callable[[], None]]
     return decorate
 
 
-def _run(rank: int, world_size: int, store: str, test: Any) -> None:
+def _run(rank: int, world_size: int, store: str, check: Any, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
-        test.check()
+        getattr(check, "check", check)(*arguments)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

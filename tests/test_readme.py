@@ -22,7 +22,7 @@ from decorr_fx.passes import adapters
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-QUICKSTART, SETTINGS, MANY_GPUS, ADAPTER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+QUICKSTART, SETTINGS, MANY_GPUS, GATHER, ADAPTER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_quickstart_runs_and_is_on_the_first_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +48,8 @@ def test_the_lines_for_many_gpus_run_in_a_process_group(tmp_path: Path) -> None:
         names = {"decorr_fx": decorr_fx, "torch": torch, "model": nn.Linear(4, 2)}
         exec(MANY_GPUS, names)
         assert len(decorr_fx.report(names["model"].module).sites) == 1
+        exec(GATHER, names | {"make_model": lambda: nn.Linear(4, 2)}, gathered := {})
+        assert torch.equal(gathered["plain"].weight, names["model"].module.weight)
     finally:
         dist.destroy_process_group()
 

@@ -100,7 +100,7 @@ def _demean(sites: Sequence[Site], x: Tensor, count: Tensor, used: Tensor) -> tu
 def _followers(sites: Sequence[Site], step: Step, means: list[Tensor] | None) -> Iterator[Update]:
     """Yield the weights, and the biases where centred, such that the function of each layer stands still."""
     for index, weight in enumerate(sites[0].spec.weights):
-        yield Update([site.weights[index].get() for site in sites], _moved_weights(sites, step, index))
+        yield Update([site.weights[index].held()[0] for site in sites], _moved_weights(sites, step, index))
         if weight.centered and means is not None:
             biases = [bias.get() for site in sites if (bias := site.weights[index].bias) is not None]
             shifts = [_shift(site, index, mean) for site, mean in zip(sites, means, strict=True)]
@@ -111,7 +111,7 @@ def _moved_weights(sites: Sequence[Site], step: Step, index: int) -> list[Tensor
     """Return weight number `index` of each site as it follows; one by one, since joining them would copy them all."""
     moved = []
     for i, site in enumerate(sites):
-        W, layout = site.weights[index].get(), site.spec.weights[index].layout
+        W, layout = site.weights[index].held()
         stacked = step.retreat(stack_weight(W.to(site.rows.dtype), layout), i, len(sites))
         moved.append(unstack_weight(stacked, W.shape, layout).to(W.dtype))
     return moved

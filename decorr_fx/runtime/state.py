@@ -13,6 +13,7 @@ from decorr_fx.ops.keep import keep_folded, keep_folded_op
 from decorr_fx.ops.product import full_precision
 from decorr_fx.ops.record import GOLDEN, ConvGeometry, conv_rows, linear_rows, recomputing, store_rows
 from decorr_fx.ops.structure import Layout, fold_taps, fold_weight, identity_factors, mix_channels, output_of_mean
+from decorr_fx.runtime.shard import is_sharded
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.weight import SiteWeight
 
@@ -51,6 +52,7 @@ class Site(nn.Module):
         self.placed = False  # a module has this one as its child
         self.in_place: dict[int, Tensor] = {}  # `W R` where it stands in the place of W, while a forward runs
         self.paused = False
+        self.sharded = False
         self.attempts = 0  # of the optimizer, on the host: which of them move R, and decor_lr, depend on it
         self.same_on_all_ranks = False  # R has been checked to be
         like = self.weights[0].get()
@@ -120,7 +122,9 @@ class Site(nn.Module):
     def _kept(self, W: Tensor, index: int) -> Tensor | None:
         """Return the kept `W R` where this one keeps it: in eval mode, where no gradient goes to W."""
         kept = self._buffers.get(f"kept{index}")
-        if kept is None or (torch.is_grad_enabled() and W.requires_grad) or not self.weights[index].is_parameter:
+        if kept is None or self.sharded or not self.weights[index].is_parameter:
+            return None
+        if torch.is_grad_enabled() and W.requires_grad:
             return None
         if (kept.shape, kept.dtype, kept.device) != (W.shape, W.dtype, W.device):
             return None
@@ -131,10 +135,15 @@ class Site(nn.Module):
             keep_folded(kept, W.detach(), self.factors, layout)
         return kept
 
+    def note_sharding(self) -> None:
+        """Notice that a weight is sharded: one that is gathered anew for each forward does not tell that it changed."""
+        self.sharded = self.sharded or any(is_sharded(weight.find()) for weight in self.weights)
+
     def train(self, mode: bool = True) -> "Site":
         """Make room for what is kept in eval mode, or give it back; what was kept before is forgotten."""
+        self.note_sharding()
         for index, weight in enumerate(self.weights):
-            room = None if mode or not weight.is_parameter else _empty_like(weight.get())
+            room = None if mode or not weight.is_parameter or self.sharded else _empty_like(weight.get())
             self.register_buffer(f"kept{index}", room, persistent=False)
         return super().train(mode)
 

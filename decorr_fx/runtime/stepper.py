@@ -98,6 +98,7 @@ def ready_sites(sites: Iterable[Site]) -> list[Site]:
     ready = []
     for site in sites:
         parameters = [parameter for weight in site.weights if (parameter := weight.find()) is not None]
+        site.note_sharding()
         if site.paused or len(parameters) < len(site.weights):
             continue
         if all(parameter.requires_grad for parameter in parameters):
