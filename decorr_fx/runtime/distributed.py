@@ -1,9 +1,10 @@
 """Several ranks: they exchange the rows that they have recorded, and then each takes the same step of R.
 
 R itself is never sent. It starts as the identity, or from one checkpoint, on all ranks; from the same rows they compute
-the same R, bit by bit. Each rank gives its share of the rows that R steps on, so that what is sent for a step of R is
-`max_samples` rows, however many ranks there are. Sites are in the order in which they were made, which is the same on
-all ranks of a program.
+the same R, bit by bit. Each rank gives its share of the rows that R steps on: what is sent for a step of R is
+`max_samples` rows, however many ranks there are. Every rank puts its share into its own part of a tensor of zeros, and
+the sum over ranks is all of them, exactly. Sites are in the order in which they were made, which is the same on all
+ranks of a program.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,33 +27,30 @@ def ranks() -> int:
 
 @dataclass(frozen=True)
 class Exchange:
-    """An all-gather that is on its way: rows of all ranks for the sites, which are of one type and device."""
+    """Rows of all ranks that are on their way, for sites of one type and device."""
 
     sites: Sequence[Site]
-    received: Tensor
+    rows: Tensor
     work: Any
 
     @classmethod
     @torch.no_grad()
     def start(cls, sites: Sequence[Site]) -> "Exchange":
         """Send this rank's share of what the sites have recorded, and go on."""
-        sent = torch.cat([_payload(site) for site in sites])
-        received = sent.new_empty(ranks(), len(sent))
-        return cls(sites, received, dist.all_gather(list(received), sent, async_op=True))
+        rows = torch.cat([_share(site) for site in sites])
+        return cls(sites, rows, dist.all_reduce(rows, async_op=True))
 
     def wait(self) -> Iterator[tuple[Site, Recorded]]:
         """Yield what all ranks recorded for each site, the same on all of them."""
         self.work.wait()
-        sizes = [_share(site) * site.rows.shape[1] + 1 for site in self.sites]
-        by_site = torch.split(self.received, sizes, 1)
-        for site, received in zip(self.sites, by_site, strict=True):
-            share, width = _share(site), site.rows.shape[1]
-            used = torch.arange(share, device=received.device) < received[:, -1:]
-            yield site, Recorded(received[:, :-1].reshape(-1, width), used.flatten())
+        sizes = [_size(site) for site in self.sites]
+        for site, received in zip(self.sites, torch.split(self.rows, sizes), strict=True):
+            with_flag = received.reshape(len(site.rows), -1)
+            yield site, Recorded(with_flag[:, :-1], with_flag[:, -1] > 0)
 
 
 def start_exchange(sites: Sequence[Site]) -> list[Exchange]:
-    """Start to exchange the rows of the sites: one all-gather for each type and device that there is."""
+    """Start to exchange the rows of the sites: one message for each type and device that there is."""
     groups: dict[Any, list[Site]] = {}
     for site in sites:
         groups.setdefault((site.rows.dtype, site.rows.device), []).append(site)
@@ -60,8 +58,8 @@ def start_exchange(sites: Sequence[Site]) -> list[Exchange]:
 
 
 def exchanged_bytes(sites: Sequence[Site]) -> int:
-    """Count what a rank sends and receives when the R of all the sites move."""
-    return sum(ranks() * _payload(site).nbytes for site in sites)
+    """Count the bytes that are summed over ranks, as gradients are, when the R of all the sites move."""
+    return sum(_size(site) * site.rows.element_size() for site in sites)
 
 
 def check_same(sites: Sequence[Site]) -> None:
@@ -86,14 +84,21 @@ def check_same(sites: Sequence[Site]) -> None:
         site.same_on_all_ranks = True
 
 
-def _share(site: Site) -> int:
-    """Return how many rows each rank gives."""
-    return ceil(len(site.rows) / ranks())
+def _size(site: Site) -> int:
+    return len(site.rows) * (site.rows.shape[1] + 1)
 
 
-def _payload(site: Site) -> Tensor:
-    share = _share(site)
-    return torch.cat([site.rows[:share].flatten(), site.seen.clamp(max=share).to(site.rows.dtype)[None]])
+def _share(site: Site) -> Tensor:
+    """Return room for the rows of all ranks, each with a 1 behind it where it is in use: own rows, and zeros."""
+    slots, rank = len(site.rows), dist.get_rank()
+    each = ceil(slots / ranks())
+    first, last = min(rank * each, slots), min((rank + 1) * each, slots)
+    shared = site.rows.new_zeros(slots, site.rows.shape[1] + 1)
+    own = site.recorded()
+    used = own.used[: last - first, None]
+    shared[first:last, :-1] = own.rows[: last - first].where(used, 0)
+    shared[first:last, -1:] = used
+    return shared.flatten()
 
 
 def _fingerprint(site: Site) -> tuple[float, ...]:

@@ -33,7 +33,7 @@ def follow_optimizers() -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Let rows of several ranks be on their way while the optimizer steps: all of them are recorded by now."""
-    _ON_THEIR_WAY.pop(optimizer, None)
+    _ON_THEIR_WAY.pop(optimizer, None)  # of a step that failed
     given = (*args[1:], *kwargs.values())  # a closure would run forwards now; the first argument is the optimizer
     if ranks() > 1 and all(argument is None for argument in given):
         sites = ready_sites(_owned_by(optimizer))
@@ -44,6 +44,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     step_sites(_owned_by(optimizer), _ON_THEIR_WAY.pop(optimizer, None))
+    _ON_THEIR_WAY.clear()  # those of an optimizer around this one: what was recorded is used by now
 
 
 def _owned_by(optimizer: Optimizer) -> Iterator[Site]:

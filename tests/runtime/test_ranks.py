@@ -1,6 +1,8 @@
 """Several ranks move R alike, on the rows of all of them: real gloo processes."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import decorr_fx
 from decorr_fx import DecorrConfig, DistributedError
@@ -128,6 +131,30 @@ def test_steps_by_hand_closures_and_calibrating() -> None:
     assert [site.steps for site in decorr_fx.stats(model)] == [5, 5, 5]
 
 
+class Around(torch.optim.Optimizer):
+    """An optimizer that steps another one."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+@distributed_test(world_size=[2])
+def test_an_optimizer_around_another_one_moves_R_once() -> None:
+    model = decorr_fx.transform(network())
+    optimizer = Around(torch.optim.SGD(model.parameters(), lr=0.01))
+    for x in batches(4, dist.get_rank()):
+        model(x).square().mean().backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+    assert_equal_on_all_ranks(model)
+    assert [site.steps for site in decorr_fx.stats(model)] == [4, 4, 4]
+
+
 @distributed_test(world_size=[2])
 def test_an_R_that_differs_is_told_on_every_rank_before_anything_moves() -> None:
     model = decorr_fx.transform(network())
@@ -173,6 +200,43 @@ def test_sharded_weights_follow_as_whole_ones_do_and_fold_when_gathered() -> Non
     torch.testing.assert_close(decorr_fx.fold(gathered).eval()(x), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(DistributedError, match="its weight is sharded over several ranks; gather"):
         decorr_fx.fold(sharded)
+
+
+@contextmanager
+def bytes_summed() -> Iterator[list[int]]:
+    """Count the bytes of every sum over ranks that is asked for by name, which those of gradients are not."""
+    counts, original = [], dist.all_reduce
+
+    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts.append(tensor.nbytes)
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        yield counts
+    finally:
+        dist.all_reduce = original
+
+
+@distributed_test(world_size=[1, 2, 4])
+def test_a_step_of_R_sends_and_computes_what_docs_scaling_says() -> None:
+    ranks, config = dist.get_world_size(), DecorrConfig(rank=3, max_samples=8)
+    model = decorr_fx.transform(nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 4)), config)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(16, 20)).square().mean().backward()
+    sites = list(sites_of(model))
+    with bytes_summed() as sent, FlopCounterMode(display=False) as flops:
+        optimizer.step()
+    assert (
+        sum(sent) == (sum(4 * 8 * (d + 1) for d in (20, 8)) if ranks > 1 else 0) == exchanged_bytes(sites) * (ranks > 1)
+    )
+    counted = 0
+    for d, o in ((20, 8 / ranks), (8, 4 / ranks)):
+        rows = min(8 + 3, d)
+        counted += 4 * 8 * 3 * d + 2 * 8 * d * 8 + 2 * (8 + 3) * d * rows + (2 * 3 * (8 + 3) * d if d > 8 + 3 else 0)
+        counted += 8 * o * d * 3 + 4 * 3 * 3 * (d + o)
+    assert flops.get_total_flops() == counted
 
 
 def sharded_packed() -> tuple[nn.Module, torch.optim.Optimizer]:
