@@ -45,9 +45,9 @@ def transform(
         model: a plain module: transform before compiling or wrapping it.
         config: the settings of all layers; `DecorrConfig()` if None.
         example_inputs: what the model is called with in training: a tensor, a tuple of positional arguments, or a dict
-            of keyword arguments; dimension 0 of each tensor is the batch. A copy of the model runs on them once, and
-            `structure="auto"` is chosen by how many rows an example gives each layer; how many examples there are
-            makes no difference.
+            of keyword arguments; dimension 0 of each tensor is the batch. A copy of the model runs on them once, to see
+            how many rows an example gives each layer: by that `report` counts what R costs, and for rules of small
+            steps `structure="auto"` is chosen. How many examples there are makes no difference.
         filter_fn: called with (module, fqn) of each layer; the layer is left alone where it returns False.
         overrides: other settings for layers whose whole fqn matches a regular expression, or None for "leave alone";
             the first pattern that matches counts.
@@ -75,14 +75,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     Args:
         model: a transformed model, of the rule `power`.
         batches: what the model is called with, without labels, one after another: each a tensor, a tuple of positional
-            arguments, or a dict of keyword arguments.
+            arguments, or a dict of keyword arguments. Of several ranks each gives as many.
 
     Raises:
         NotTransformedError: the model is plain.
         ConfigError: the rule of a layer is not `power`, it is centred, or its weight does not follow R.
         ModelError: there is no batch, the model does not run on one, or every R is paused or has a frozen weight.
         LayerError: a batch gives a layer inputs that are not finite, or a weight was untied after `transform`.
-        DistributedError: R is not the same on all ranks.
+        DistributedError: R is not the same on all ranks, or a weight that is sharded cannot follow it.
 
     After any error, of the batches' own too, the model is as it was.
     """
@@ -124,6 +124,7 @@ def export_onnx(
     Raises:
         ExportError: the path cannot be written, the model does not accept the inputs or cannot be exported, a package
             is missing, or onnxruntime does not agree with the model. No file is left then.
+        LayerError, DistributedError: the model cannot be folded, see `fold`.
     """
     model = _unwrapped(model)
     transformed = next(sites_of(model), None) is not None
@@ -174,7 +175,7 @@ def step(model: nn.Module) -> None:
 
     Raises:
         NotTransformedError: the model is plain.
-        DistributedError: R is not the same on all ranks.
+        DistributedError: R is not the same on all ranks, or a weight that is sharded cannot follow it.
         LayerError: a weight was untied after `transform`.
     """
     stepper.step_sites(sites_of(_transformed(model)))

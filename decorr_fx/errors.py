@@ -30,7 +30,7 @@ class CheckpointError(DecorrError, ValueError):
 
 
 class DistributedError(DecorrError, RuntimeError):
-    """R is not the same on each of several ranks."""
+    """R is not the same on all ranks, or a weight that several ranks hold together cannot follow R, or be folded."""
 
 
 class PassError(DecorrError, RuntimeError):

@@ -19,8 +19,8 @@ class FoldDecorrelation(Pass[nn.Module]):
             )
         for site in sites_of(model):
             for weight in site.weights:
-                weight.check()
                 weight.check_whole()
+                weight.check()
 
     def call(self, model: nn.Module) -> nn.Module:
         """Fold every site into the parameters of a copy."""

@@ -17,9 +17,8 @@ from decorr_fx.runtime.state import sites_of
 
 CLASSES = 100
 LINEARS = 3
-DEFAULT = "power"
 DECORRELATED = {
-    DEFAULT: DecorrConfig(),
+    "power": DecorrConfig(),
     **{f"dbp-{shape}": replace(DecorrConfig.recipe("dbp"), structure=shape) for shape in get_args(StructureName)},
 }
 PEERS = {"muon": "Muon", "soap": "SOAP", "shampoo": "KLShampoo"}  # of heavyball

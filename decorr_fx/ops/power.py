@@ -5,7 +5,7 @@
 
 p = 1/2 is whitening where an eigenvalue is well above delta; where it is far below, R is 1. The inputs of most layers
 are large in few directions: the mean and some others have nearly all of the second moment, and steps of W in those
-limit its learning rate. R never enlarges anything, so that a rate which is right without it stays right. Steps of W are
+limit its learning rate. R never enlarges anything: no step of W goes further than it would without. Steps of W are
 preconditioned by R^T R. Weights that follow take `W <- W R_old R_new^-1`, as in natural neural networks
 (arXiv 1507.00210), where p is 1/2 and R a whole root.
 
@@ -40,37 +40,18 @@ class Past:
 
 @dataclass(frozen=True)
 class Replacement:
-    """R that is replaced: V before and after, the moment of z before, and the new sketch and trace."""
+    """R that is replaced: V before, the new one in `factors`, the new running moments, and the moment of z before."""
 
     old: Tensor
-    new: Tensor
-    moment: Moment
-    sketch: Tensor
-    trace: Tensor
-
-    @property
-    def factors(self) -> list[Tensor]:
-        """The new V."""
-        return [self.new]
-
-    @property
-    def moments(self) -> list[Tensor]:
-        """The new running moments, as in `Past`."""
-        return [self.sketch, self.trace]
+    factors: list[Tensor]
+    moments: list[Tensor]
+    of_z: list[Moment]
 
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
         """Return `W R_old R_new^-1` for the stacked weight of one of the sites that took the step together."""
         each = len(self.old) // sites
         own = slice(site * each, (site + 1) * each)
-        return follow(stacked, self.old[own], self.new[own])
-
-    def correlation(self, sites: int) -> Tensor:
-        """Return the mean squared correlation before the step, `[sites]`."""
-        return self.moment.correlation().reshape(sites, -1).mean(1)
-
-    def variance_error(self, sites: int) -> Tensor:
-        """Return the mean squared variance error before the step, `[sites]`."""
-        return self.moment.variance_error().reshape(sites, -1).mean(1)
+        return follow(stacked, self.old[own], self.factors[0][own])
 
 
 def renew(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float, power: float, damping: float) -> Replacement:
@@ -92,7 +73,7 @@ def renew(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float, power: f
     together = torch.cat([old_share[:, None, None] * sketch, new_share[:, None, None] * x], 1)
     values, sketch = largest_directions(together, V.shape[1])
     new = directions_to_shrink(values, sketch, damping * trace / x.shape[2], power)
-    return Replacement(V, new, Moment.of(shrink(x, V), count[:, None, None]), sketch, trace)
+    return Replacement(V, [new], [sketch, trace], [Moment.of(shrink(x, V), count[:, None, None])])
 
 
 def largest_directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:

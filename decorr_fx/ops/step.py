@@ -28,17 +28,15 @@ class Step(Protocol):
     def moments(self) -> Sequence[Tensor]:
         """The new running moments; none where the rule keeps none."""
 
+    @property
+    def of_z(self) -> Sequence[Moment]:
+        """The second moment of z before the step, of each factor's own mode."""
+
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
         """Return the stacked weight `[stacks, d_out, *modes]` such that `W R` is what it was before the step.
 
         It is that of number `site` of `sites` that took the step together.
         """
-
-    def correlation(self, sites: int) -> Tensor:
-        """Return the mean squared correlation of z before the step, over stacks and factors, `[sites]`."""
-
-    def variance_error(self, sites: int) -> Tensor:
-        """Return the mean squared variance error of z before the step, over stacks and factors, `[sites]`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,11 @@ class SmallStep:
     transitions: Sequence[Transition]
     moments: tuple[Tensor, ...] = ()
 
+    @property
+    def of_z(self) -> list[Moment]:
+        """What the transitions were made of."""
+        return [transition.moment for transition in self.transitions]
+
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
         """Return `W T^-1`, one factor after the other."""
         for mode, transition in enumerate(self.transitions):
@@ -58,17 +61,11 @@ class SmallStep:
             stacked = refold_mode(moved, stacked, mode)
         return stacked
 
-    def correlation(self, sites: int) -> Tensor:
-        """Return that of z."""
-        return _mean_of_sites([transition.moment.correlation() for transition in self.transitions], sites)
 
-    def variance_error(self, sites: int) -> Tensor:
-        """Return that of z."""
-        return _mean_of_sites([transition.moment.variance_error() for transition in self.transitions], sites)
-
-
-def _mean_of_sites(losses: list[Tensor], sites: int) -> Tensor:
-    return torch.stack([of_factor.reshape(sites, -1).mean(1) for of_factor in losses]).mean(0)
+def losses(step: Step, sites: int) -> Tensor:
+    """Return mean squared correlation and variance error of z before the step, of each site, `[sites, 2]`."""
+    of_factors = [torch.stack([moment.correlation(), moment.variance_error()], 1) for moment in step.of_z]
+    return torch.stack([of_factor.reshape(sites, -1, 2).mean(1) for of_factor in of_factors]).mean(0)
 
 
 def step_factors(

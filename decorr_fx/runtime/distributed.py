@@ -102,5 +102,5 @@ def _share(site: Site) -> Tensor:
 
 
 def _fingerprint(site: Site) -> tuple[float, ...]:
-    """Return numbers that tell two R apart, and when they move."""
-    return sum(float(factor.abs().sum()) for factor in site.factors), site.attempts, int(site.steps)
+    """Return numbers that tell two R apart, with all that is saved with them, and when they move."""
+    return sum(float(saved.abs().sum()) for saved in site.state_dict().values()), site.attempts, int(site.steps)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from decorr_fx.ops.power import Past
 from decorr_fx.ops.product import full_precision
-from decorr_fx.ops.step import Step, step_factors
+from decorr_fx.ops.step import Step, losses, step_factors
 from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
 from decorr_fx.runtime.state import Recorded, Site
 
@@ -129,10 +129,10 @@ def _commit(sites: Sequence[Site], updates: list[Update], step: Step, recorded: 
     sums = torch.stack([new.sum() for update in updates for new in update.new])
     finite = sums.isfinite().reshape(len(updates), -1).all(0)
     accepted = recorded & finite
-    losses = torch.stack([step.correlation(len(sites)), step.variance_error(len(sites))], 1)
+    found = losses(step, len(sites))
     for i, site in enumerate(sites):
         for update in updates:
             torch.where(accepted[i], update.new[i], update.old[i], out=update.old[i])
-        torch.where(accepted[i], losses[i], site.losses, out=site.losses)
+        torch.where(accepted[i], found[i], site.losses, out=site.losses)
         site.steps += accepted[i]
         site.refused += recorded[i] & ~finite[i]

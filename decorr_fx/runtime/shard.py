@@ -8,12 +8,12 @@ from math import ceil
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: object) -> bool:
     """Tell whether a tensor is a part of one that several ranks hold together."""
-    if not dist.is_available():
+    if type(tensor) is nn.Parameter or not dist.is_available():  # a sharded one is of another type
         return False
     from torch.distributed.tensor import DTensor  # there is no such module in a torch without torch.distributed
 

@@ -292,6 +292,8 @@ def test_what_cannot_follow_while_it_is_sharded_is_told() -> None:
     before = whole_state(model)
     with pytest.raises(DistributedError, match=r"layer '0': its weight is sharded; only one.*overrides={'0': None}"):
         train(model, [torch.randn(3, 4, 5)])
+    with pytest.raises(DistributedError, match="layer '0': its weight is sharded over several ranks; gather"):
+        decorr_fx.fold(model)  # for which there is other advice
     assert all(torch.equal(value, before[key]) for key, value in whole_state(model).items())
 
 
