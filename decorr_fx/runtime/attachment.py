@@ -1,6 +1,6 @@
 """What the root of a transformed model carries besides its sites: the skipped layers, and a check on what is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from decorr_fx.errors import CheckpointError
+from decorr_fx.runtime.broadcast import allow_broadcast, keep_from_broadcast
 from decorr_fx.runtime.report import SkippedRecord
 from decorr_fx.runtime.state import Site
 
 _ATTRIBUTE = "_decorr_attachment"
-_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"  # DistributedDataParallel reads it off the module that it wraps
 
 
 @dataclass(frozen=True)
@@ -22,33 +22,25 @@ class Attachment:
     Attributes:
         skipped: the layers that `transform` left as they are.
         checkpoint_check: the handle of the check on checkpoints.
-        ignored_by_ddp: what DistributedDataParallel was to leave alone before; None if nothing was said.
     """
 
     skipped: tuple[SkippedRecord, ...]
     checkpoint_check: RemovableHandle
-    ignored_by_ddp: Sequence[str] | None
 
 
 def attach(model: nn.Module, skipped: tuple[SkippedRecord, ...]) -> None:
     """Make `model` the root of a transformed model."""
     handle = model.register_load_state_dict_pre_hook(check_checkpoint)  # type: ignore[no-untyped-call]
-    before = vars(model).get(_IGNORED_BY_DDP)
-    vars(model)[_ATTRIBUTE] = Attachment(skipped, handle, before)
-    # every rank has the same R without being told, and rows of its own
-    sites = [(fqn, module) for fqn, module in model.named_modules() if isinstance(module, Site)]
-    own = [f"{fqn}.{buffer}" for fqn, site in sites for buffer in site._buffers]
-    vars(model)[_IGNORED_BY_DDP] = [*(before or ()), *own]
+    vars(model)[_ATTRIBUTE] = Attachment(skipped, handle)
+    keep_from_broadcast(model)
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`, where it was done."""
+    """Undo `attach`, where it was done, for a model or a module around one."""
     attachment = vars(model).pop(_ATTRIBUTE, None)
     if attachment is not None:
         attachment.checkpoint_check.remove()
-        del vars(model)[_IGNORED_BY_DDP]
-        if attachment.ignored_by_ddp is not None:
-            vars(model)[_IGNORED_BY_DDP] = attachment.ignored_by_ddp
+    allow_broadcast(model)
 
 
 def skipped_of(model: nn.Module) -> tuple[SkippedRecord, ...]:

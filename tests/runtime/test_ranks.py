@@ -110,6 +110,17 @@ def test_accumulated_rows_and_layers_that_one_rank_alone_uses() -> None:
 
 
 @distributed_test(world_size=[2])
+def test_a_compiled_model_trains_as_the_eager_one() -> None:
+    inputs = batches(8, dist.get_rank())
+    models = [decorr_fx.transform(network()) for _ in range(2)]
+    train(DistributedDataParallel(models[0]), inputs)
+    train(torch.compile(DistributedDataParallel(models[1])), inputs)
+    assert_equal_on_all_ranks(models[1])
+    for (key, eager), compiled in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@distributed_test(world_size=[2])
 def test_steps_by_hand_closures_and_calibrating() -> None:
     rank = dist.get_rank()
     model = decorr_fx.transform(network())
@@ -305,6 +316,22 @@ def test_ddp_leaves_buffers_of_R_alone_until_the_model_is_folded() -> None:
     assert {"0.bias", *names} <= set(model._ddp_params_and_buffers_to_ignore)
     assert decorr_fx.fold(model)._ddp_params_and_buffers_to_ignore == ["0.bias"]
     assert not hasattr(decorr_fx.fold(decorr_fx.transform(network())), "_ddp_params_and_buffers_to_ignore")
+
+
+def test_ddp_around_a_module_that_holds_a_transformed_one_leaves_its_buffers_alone_too() -> None:
+    class Task(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = decorr_fx.transform(network())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x)
+
+    around = nn.Sequential(Task(), nn.Softmax(1))
+    names = {name for name, _ in around.named_buffers() if "_decorr" in name}
+    assert names and names <= set(around._ddp_params_and_buffers_to_ignore)
+    plain = decorr_fx.fold(around)
+    assert not [m for m in plain.modules() if hasattr(m, "_ddp_params_and_buffers_to_ignore")]
 
 
 def test_what_is_sent_for_a_resnet50_is_little_beside_its_gradients() -> None:
