@@ -3,24 +3,30 @@
     python tools/train.py                                        digits, a small cnn, both methods: under a minute
     python tools/train.py --data fashion-mnist                   a data set that Debian ships: some minutes
     python tools/train.py --model vit --kappa 0.2 --amp          see --help
+    torchrun --nproc-per-node 2 tools/train.py                   several processes, which share each batch
 
-Writes metrics.jsonl, curves.png, correlations.png and model.onnx into --out.
+Writes metrics.jsonl, curves.png, correlations.png, model.onnx and checkpoint.pt into --out; --resume goes on from it.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from train_checkpoint import load_checkpoint, save_checkpoint
 from train_correlations import Correlation, mean_of, measure_correlations
 from train_data import Data
 from train_figures import NAMES, draw_correlations, draw_curves
-from train_loop import EVALUATION_BATCH, Contender, Evaluation, Score, race, score_of
+from train_loop import EVALUATION_BATCH, Contender, Score, race, score_of
 from train_models import build_model, is_own
+from train_ranks import RankError, joined, rank, ranks
 from train_report import Metrics, export_line, result_of, results_table
 from train_settings import Settings, UsageError, first_line, parse_settings
 from train_sources import load_data
@@ -29,6 +35,7 @@ import decorr_fx
 from decorr_fx import DecorrError
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+LOST = 1
 WIDTH = 100  # of the table in a file
 MEASURED_IMAGES = 128  # of the training set, for the correlations
 
@@ -46,28 +53,36 @@ class Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; return 0, 2 where what was asked for cannot be done, or 130 after Ctrl-C."""
+    """Run the job; return 0, 2 where what was asked for cannot be done, 1 where a rank was lost, 130 after Ctrl-C."""
     try:
-        return run(parse_settings(argv))
+        settings = parse_settings(argv)
+        with joined(settings.timeout):
+            return run(settings)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
     except (UsageError, DecorrError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        print(f"train.py: error: {error}; go on from the last evaluation with --resume", file=sys.stderr)
+        return LOST
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
 def run(settings: Settings) -> int:
     """Train, tell what came of it, and write the files."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, quiet=rank() > 0)
     job = prepare(settings)
     try:
         _race_with_progress(job)
     except KeyboardInterrupt:
-        console.print("interrupted: this is what was reached")
-        _tell(job, console, {})
+        if rank() == 0:
+            console.print("interrupted: this is what was reached; --resume goes on from the last evaluation")
+            _tell(job, console, {})
         return INTERRUPTED
+    if rank() > 0:
+        return 0
     models = _deliverables(job)
     device = settings.torch_device()
     tests = {name: score_of(m, job.data.batches("test", EVALUATION_BATCH, device)) for name, m in models.items()}
@@ -83,13 +98,19 @@ def prepare(settings: Settings) -> Job:
     data = load_data(settings)
     data = data if is_own(settings.model) else data.coloured()
     steps = settings.epochs * data.steps_per_epoch(settings.batch_size)
+    if settings.batch_size % ranks():
+        raise UsageError(f"--batch-size {settings.batch_size} is no multiple of the {ranks()} ranks that share it")
     torch.manual_seed(settings.seed)
     model = build_model(settings.model, data.shape, data.classes, settings.batch_size, settings.batch_norm).to(device)
     measured, _ = next(data.batches("train", MEASURED_IMAGES, device))
     models = {name: _of_method(name, model, measured, settings) for name in settings.methods}
     contenders = [Contender(name, of_method, settings, steps) for name, of_method in models.items()]
+    if settings.resume:
+        load_checkpoint(settings.checkpoint, settings, contenders)
     metrics = _open_folder(settings)
     metrics.header(settings, steps, sum(p.numel() for p in model.parameters()))
+    for evaluation in sorted((e for one in contenders for e in one.history), key=lambda e: e.step):
+        metrics.append("evaluation", asdict(evaluation))
     return Job(settings, data, contenders, metrics, measured, measure_correlations(model, measured, config))
 
 
@@ -103,7 +124,7 @@ def _of_method(method: str, model: nn.Module, images: Tensor, settings: Settings
 def _open_folder(settings: Settings) -> Metrics:
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        return Metrics(settings.out / "metrics.jsonl")
+        return Metrics(settings.out / "metrics.jsonl" if rank() == 0 else Path(os.devnull))
     except OSError as error:
         raise UsageError(f"--out {settings.out} cannot be written: {first_line(error)}") from None
 
@@ -112,19 +133,18 @@ def _race_with_progress(job: Job) -> None:
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     total = job.settings.epochs * job.data.steps_per_epoch(job.settings.batch_size)
-    accuracy: dict[str, str] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    batch = next(job.data.training_batches(job.settings.batch_size, job.settings.seed, job.contenders[0].device))
+    for contender in job.contenders:
+        contender.warm_up(batch)
+    with Progress(*columns, console=console, disable=rank() > 0 or not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
-
-        def heard(evaluation: Evaluation) -> None:
-            job.metrics.append("evaluation", asdict(evaluation))
-            accuracy[evaluation.method] = f"{evaluation.method} {100 * evaluation.val_accuracy:.1f} %"
-            progress.update(task, completed=evaluation.step, description=", ".join(accuracy.values()))
-
-        batch = next(job.data.training_batches(job.settings.batch_size, job.settings.seed, job.contenders[0].device))
-        for contender in job.contenders:
-            contender.warm_up(batch)
-        race(job.contenders, job.data, job.settings, heard)
+        for evaluations in race(job.contenders, job.data, job.settings):
+            for evaluation in evaluations:
+                job.metrics.append("evaluation", asdict(evaluation))
+            if rank() == 0:
+                save_checkpoint(job.settings.checkpoint, job.settings, job.contenders)
+            told = ", ".join(f"{e.method} {100 * e.val_accuracy:.1f} %" for e in evaluations)
+            progress.update(task, completed=evaluations[0].step, description=told)
 
 
 def _deliverables(job: Job) -> dict[str, nn.Module]:
@@ -171,4 +191,5 @@ def _export(job: Job, models: dict[str, nn.Module], console: Console) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun sends it where another rank has failed
     sys.exit(main())

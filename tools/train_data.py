@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
+from train_ranks import share
 from train_settings import UsageError
 
 VALIDATION_PART, VALIDATION_MOST = 0.2, 5000  # of the training images: the smaller of the two is held out
@@ -61,10 +62,13 @@ class Data:
         return steps
 
     def training_batches(self, batch_size: int, seed: int, device: torch.device) -> Iterator[Batch]:
-        """Yield full batches for ever; their order is drawn anew for each epoch from a generator of its own."""
+        """Yield full batches for ever, of each this rank's share.
+
+        Their order is drawn anew for each epoch from a generator of its own.
+        """
         generator = torch.Generator().manual_seed(seed)
         sampler = RandomSampler(self.train, generator=generator)
-        loader = self._loader(self.train, BatchSampler(sampler, batch_size, drop_last=True), generator)
+        loader = self._loader(self.train, _Shares(sampler, batch_size, drop_last=True), generator)
         while True:
             for images, labels in loader:
                 yield self._fitted(images, device), labels.to(device)
@@ -90,6 +94,14 @@ class Data:
         if list(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         return images.expand(-1, channels, -1, -1).contiguous()
+
+
+class _Shares(BatchSampler):
+    """A rank's share of every batch."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield list(share(batch))
 
 
 def held_out(labels: np.ndarray, seed: int) -> tuple[list[int], list[int]]:

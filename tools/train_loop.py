@@ -5,12 +5,12 @@ them; each turn starts from the same random seed, so that dropout masks are as e
 while a contender takes training steps, and it waits for the device; plain backpropagation runs the plain model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, cycle, islice
 from time import perf_counter
-from typing import cast
+from typing import Any, cast
 
 import torch
 from muon import Muon
@@ -21,6 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from train_data import Batch, Data
 from train_models import logits_of
+from train_ranks import rank, told_by_first, wrapped
 from train_settings import Settings
 
 TURN = 8  # steps that a contender takes before the next one's turn
@@ -60,7 +61,8 @@ class Contender:
         self.history: list[Evaluation] = []
         self.seconds = 0.0
         self.step = 0
-        self._running = cast(nn.Module, torch.compile(model)) if settings.compile else model
+        running = wrapped(model)
+        self._running = cast(nn.Module, torch.compile(running)) if settings.compile else running
         self._optimizer = _make_optimizer(settings, model)
         self._schedule = LinearLR(self._optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
         self._amp, self._seed = settings.amp, settings.seed
@@ -76,7 +78,7 @@ class Contender:
 
     def train(self, batches: Sequence[Batch]) -> None:
         """Take one step on each batch, against the clock."""
-        torch.manual_seed(1_000_003 * self._seed + self.step)
+        torch.manual_seed(1_000_003 * self._seed + self.step + 7_919 * rank())
         self._running.train()
         _wait_for(self.device)
         start = perf_counter()
@@ -93,7 +95,7 @@ class Contender:
 
     def evaluate(self, batches: Iterable[Batch], steps_per_epoch: int) -> Evaluation:
         """Measure the model on the validation batches and remember it; the clock stands still."""
-        score = score_of(self.model, batches)
+        score = told_by_first(lambda: score_of(self.model, batches))
         train_loss = float(torch.stack(self._losses).mean()) if self._losses else None
         self._losses.clear()
         epoch = self.step / steps_per_epoch
@@ -102,25 +104,40 @@ class Contender:
         )
         return self.history[-1]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it needs to go on from an evaluation."""
+        state = {name: part.state_dict() for name, part in self._pieces().items()}
+        return {**state, "step": self.step, "seconds": self.seconds, "history": [asdict(e) for e in self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be what `state_dict` was returned of."""
+        for name, part in self._pieces().items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history = [Evaluation(**evaluation) for evaluation in state["history"]]
+
+    def _pieces(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self._optimizer, "schedule": self._schedule}
+
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
             logits = logits_of(self._running(images))
         return F.cross_entropy(logits.float(), labels)
 
 
-def race(contenders: Sequence[Contender], data: Data, settings: Settings, heard: Callable[[Evaluation], None]) -> None:
-    """Train all contenders; `heard` is told of each evaluation, the first one before the first step."""
-    per_epoch = data.steps_per_epoch(settings.batch_size)
+def race(contenders: Sequence[Contender], data: Data, settings: Settings) -> Iterator[list[Evaluation]]:
+    """Train all contenders on from where they stand; yield an evaluation of each, the first before the first step."""
+    per_epoch, done = data.steps_per_epoch(settings.batch_size), contenders[0].step
     total, device = settings.epochs * per_epoch, contenders[0].device
-    stream = data.training_batches(settings.batch_size, settings.seed, device)
+    stream = islice(data.training_batches(settings.batch_size, settings.seed, device), done, None)
     order = cycle((contenders, contenders[::-1]))  # nobody always comes first
-    for interval in chain([0], _parts(total, max(1, total // settings.evaluations))):
+    intervals = _parts(total - done, max(1, total // settings.evaluations))
+    for interval in intervals if contenders[0].history else chain([0], intervals):
         for turn in _parts(interval, TURN):
             batches = list(islice(stream, turn))
             for contender in next(order):
                 contender.train(batches)
-        for contender in contenders:
-            heard(contender.evaluate(data.batches("validation", EVALUATION_BATCH, device), per_epoch))
+        yield [c.evaluate(data.batches("validation", EVALUATION_BATCH, device), per_epoch) for c in contenders]
 
 
 def score_of(model: nn.Module, batches: Iterable[Batch]) -> Score:

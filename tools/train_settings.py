@@ -9,6 +9,7 @@ from typing import get_args
 
 import torch
 from arguments import positive, positive_int
+from train_ranks import local_rank
 
 from decorr_fx import DecorrConfig
 from decorr_fx.config import RuleName, StructureName
@@ -55,6 +56,8 @@ class Settings:
     center: bool
     preserve_function: bool
     out: Path
+    resume: bool
+    timeout: float
     data_dir: Path | None = None
     size: int | None = None
     weight_decay: float | None = None
@@ -64,6 +67,11 @@ class Settings:
         """The methods to train with."""
         return ("bp", "decorr") if self.method == "both" else (self.method,)
 
+    @property
+    def checkpoint(self) -> Path:
+        """The file to go on from."""
+        return self.out / "checkpoint.pt"
+
     def decorr_config(self) -> DecorrConfig:
         """Return the settings of decorrelation; raises `ConfigError` where one is out of range."""
         names = {field.name for field in fields(DecorrConfig)}
@@ -72,7 +80,7 @@ class Settings:
     def torch_device(self) -> torch.device:
         """Return the device to train on, checked."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
         try:
             device = torch.device(self.device)
             torch.empty(0, device=device)
@@ -120,6 +128,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", default="cnn", help="cnn, mlp, vit, or the name of a torchvision classifier")
     group.add_argument("--batch-norm", action="store_true", help="put BatchNorm into the cnn or the mlp")
     group.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for everything that is written")
+    group.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with the same numbers")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +136,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--method", choices=("bp", "decorr", "both"), default="both", help="what to train with")
     group.add_argument("--epochs", type=positive_int, default=argparse.SUPPRESS,
                        help="passes over the training set; if not given, 30 for digits, else 2")  # fmt: skip
-    group.add_argument("--batch-size", type=positive_int, default=64, help="images a step")
+    group.add_argument("--batch-size", type=positive_int, default=64, help="images a step, shared by the ranks")
     group.add_argument("--optimizer", choices=("sgd", "adam", "adamw", "muon", "soap"), default="adam",
                        help="sgd has momentum 0.9; muon leaves what is no matrix to AdamW")  # fmt: skip
     group.add_argument("--lr", type=positive, default=1e-3, help="learning rate at the start; falls linearly to 0")
@@ -136,6 +145,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=_whole, default=0, help="of the weights, the batches and the validation split")
     group.add_argument("--evaluations", type=positive_int, default=40, help="evaluations on the validation set")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
+    group.add_argument("--timeout", type=positive, default=600.0,
+                       help="seconds that a rank of torchrun waits for another one")  # fmt: skip
     group.add_argument("--compile", action="store_true", help="train through torch.compile")
     group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
 

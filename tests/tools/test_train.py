@@ -28,10 +28,10 @@ def run(out: Path, *arguments: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_its_four_files_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_its_files_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "metrics.jsonl", "curves.png", "correlations.png", "model.onnx"
+        "metrics.jsonl", "curves.png", "correlations.png", "model.onnx", "checkpoint.pt"
     }  # fmt: skip
     assert lines[0]["kind"] == "settings"
     assert lines[0]["torch"] == torch.__version__

@@ -1,0 +1,60 @@
+"""The checkpoint of a run: what it needs to go on from its last evaluation, with the same numbers."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from train_loop import Contender
+from train_settings import Settings, UsageError, first_line
+
+WHERE = frozenset({"out", "data_dir", "download", "workers", "device", "timeout", "resume"})  # not what is trained
+
+
+def save_checkpoint(path: Path, settings: Settings, contenders: Sequence[Contender]) -> None:
+    """Write the file whole, or leave the one that is there.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    whole = {"settings": _trained(settings), "contenders": {one.method: one.state_dict() for one in contenders}}
+    try:
+        torch.save(whole, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a disk that is full
+        advice = "the last one is as it was: make room, and go on with --resume"
+        raise UsageError(f"{path} cannot be written: {first_line(error)}; {advice}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, settings: Settings, contenders: Sequence[Contender]) -> None:
+    """Let the contenders be as they were when the file was written.
+
+    Raises:
+        UsageError: the file cannot be read, or is of a run with other settings.
+    """
+    try:
+        whole = torch.load(path, map_location="cpu", weights_only=True)
+        before, states = dict(whole["settings"]), dict(whole["contenders"])
+    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--resume: {path} cannot be read: {first_line(error)}") from None
+    _check(before, _trained(settings), path)
+    for contender in contenders:
+        contender.load_state_dict(states[contender.method])
+
+
+def _trained(settings: Settings) -> dict[str, Any]:
+    """Return the settings that the numbers of a run depend on, under their names on the command line."""
+    return {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in WHERE}
+
+
+def _check(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    for name in now:
+        if before.get(name) != now[name]:
+            was, option = before.get(name), f"--{name.replace('_', '-')}"
+            raise UsageError(f"--resume: {path} was trained with {option} {was}, not {now[name]}; use the same")
