@@ -2,7 +2,7 @@
 
     python tools/bench.py --model resnet18 --batch 32 --size 64        one case: the plain model and the default rule
     python tools/bench.py --methods power dbp-full textbook muon       others
-    python tools/bench.py --suite cpu                                  the cases that bars are set for (or gpu)
+    python tools/bench.py --suite cpu                                  the cases that bars are set for (or ranks, gpu)
     python tools/bench.py --sweep batch d samples                      growth, in one picture
     python tools/bench.py --suite cpu --table                          a Markdown table of what was measured
 
@@ -20,10 +20,10 @@ import torch
 from arguments import positive, positive_int
 from bench_cases import SUITES, Bars, Case, sweep
 from bench_figures import AXES, draw_growth, draw_ratios
-from bench_measure import Contender, race, race_evaluations
 from bench_memory import peak_bytes
 from bench_methods import METHODS, CannotMeasureError
-from bench_report import Result, case_table, markdown_table, result_of, write_json
+from bench_report import Result, case_table, markdown_table, write_json
+from bench_run import results_here, results_on_ranks
 from rich.console import Console
 
 from decorr_fx import DecorrError
@@ -90,11 +90,9 @@ def measure(case: Case, seconds: float, memory: bool = False) -> list[Result]:
     peaks = {m: peak_bytes(case, m) for m in methods if memory or case.bars.memory is not None}
     if case.bars.memory is not None and case.bars == Bars(memory=case.bars.memory):
         return [Result(method, memory=peaks[method]) for method in methods]
-    contenders = [Contender(case, method) for method in methods]
-    race(contenders, seconds)
-    race_evaluations(contenders, seconds / 4)
-    results = [result_of(contender, contenders[0], peaks.get(contender.method)) for contender in contenders]
-    contenders.clear()
+    if case.ranks:
+        return results_on_ranks(case, seconds)
+    results = results_here(case, seconds, peaks)
     gc.collect()
     torch.compiler.reset()
     return results

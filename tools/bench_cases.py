@@ -29,6 +29,7 @@ class Case:
         methods: that are measured besides the plain model.
         max_samples: rows that R steps on; None for the library's default.
         width: of `linears`.
+        ranks: processes of one thread, each with a batch of its own, which average gradients; 0 for this one process.
         bars: of the first method.
     """
 
@@ -42,6 +43,7 @@ class Case:
     methods: tuple[str, ...] = ("power",)
     max_samples: int | None = None
     width: int = 256
+    ranks: int = 0
     bars: Bars = Bars()
 
     @property
@@ -51,6 +53,7 @@ class Case:
         parts = [self.model, inputs, self.dtype, "compiled" if self.compile else "eager"]
         parts += ["channels_last"] if self.channels_last else []
         parts += [f"{self.max_samples} rows"] if self.max_samples else []
+        parts += [f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"] if self.ranks else []
         return ", ".join([*parts, self.device])
 
 
@@ -64,6 +67,7 @@ SUITES = {
         Case(VIT_S, batch=32, size=224, bars=Bars(step=1.10, evaluation=1.0)),
         Case("resnet50", batch=64, size=224, bars=Bars(memory=1.05)),
     ),
+    "ranks": (Case(ranks=1), Case(ranks=2)),
     "gpu": (
         Case("resnet50", 256, 224, "bfloat16", True, True, "cuda", bars=Bars(1.05, 1.0, 1.05)),
         Case(VIT_B, 256, 224, "bfloat16", False, True, "cuda", bars=Bars(1.03, 1.0)),

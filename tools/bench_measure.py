@@ -7,8 +7,9 @@ quartiles.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from time import perf_counter
 
 import torch
@@ -16,6 +17,7 @@ from bench_cases import Case
 from bench_methods import make_batch, prepare, step_kinds
 from torch import Tensor, nn
 from torch.nn import functional as F
+from train_ranks import told_by_first, wrapped
 
 PHASES = ("forward", "backward", "optimizer", "R step")
 TURN = 4  # steps
@@ -90,7 +92,8 @@ class Contender:
     def __post_init__(self) -> None:
         self.model, self.optimizer = prepare(self.case, self.method)
         self.kinds = step_kinds(self.method)
-        self.running: nn.Module = torch.compile(self.model) if self.case.compile else self.model  # type: ignore[assignment]
+        running = wrapped(self.model)
+        self.running: nn.Module = torch.compile(running) if self.case.compile else running  # type: ignore[assignment]
         self.device = torch.device(self.case.device)
         self.batch = make_batch(self.case)
         self.taken = 0
@@ -159,11 +162,9 @@ def race(contenders: Sequence[Contender], seconds: float, fewest: int = 3) -> No
     for contender in contenders:
         for _ in range(WARM_UP):
             contender.train(counts=False)
-    start, done = perf_counter(), 0
-    while done < fewest or perf_counter() - start < seconds:
-        for contender in contenders if done % 2 else contenders[::-1]:
+    for number in _rounds(seconds, fewest):
+        for contender in contenders if number % 2 else contenders[::-1]:
             contender.train()
-        done += 1
 
 
 def race_evaluations(contenders: Sequence[Contender], seconds: float, fewest: int = 5) -> None:
@@ -172,8 +173,15 @@ def race_evaluations(contenders: Sequence[Contender], seconds: float, fewest: in
         contender.running.eval()
         for _ in range(WARM_UP):
             contender.evaluate()
-    start, done = perf_counter(), 0
-    while done < fewest or perf_counter() - start < seconds:
-        for contender in contenders if done % 2 else contenders[::-1]:
+    for number in _rounds(seconds, fewest):
+        for contender in contenders if number % 2 else contenders[::-1]:
             contender.evaluations.append(contender.evaluate())
-        done += 1
+
+
+def _rounds(seconds: float, fewest: int) -> Iterator[int]:
+    """Yield 0, 1, 2, ... for about so many seconds, and at least so many numbers; on all ranks the same."""
+    start = perf_counter()
+    for number in count():
+        if told_by_first(lambda: number >= fewest and perf_counter() - start >= seconds):  # noqa: B023 - called here
+            return
+        yield number
