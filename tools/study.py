@@ -17,7 +17,7 @@ from arguments import positive_int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from study_clock import clocks_of, timing_line
-from study_grid import Run, Study, read_study
+from study_grid import Race, Run, Study, read_study
 from study_pool import perform_all
 from study_report import draw, goal_table, markdown_table
 from study_run import Results
@@ -55,23 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_study(study: Study, results: Results, jobs: int) -> None:
-    """Run what is not in the results, one race after the other, and time what there is."""
+    """Run what is not in the results: of each workload all races, and then the clock, with nothing beside it."""
     for check in {WORKLOADS[race.workload].data.check for race in study.races}:
         check()
-    for race in study.races:
-        _perform(study.tuning_runs(race), results, jobs)
-        tuned = collect(line for line in study.own(results.lines) if line["run"]["seed"] in study.tune)
-        _perform(study.final_runs(race, chosen_rates(tuned, race.workload, race.optimizer)), results, jobs)
     for workload in dict.fromkeys(race.workload for race in study.races):
-        runs = [
-            study.run(race, method, TIMING_RATE, study.seeds[0])
-            for race in study.races
-            for method in race.rates
-            if race.workload == workload
-        ]
-        timed = clocks_of(results.lines, study.methods)
-        if any((run.workload, run.optimizer, run.method) not in timed for run in runs):
-            results.append(timing_line(runs, time_runs(runs)))
+        races = [race for race in study.races if race.workload == workload]
+        for race in races:
+            _perform(study.tuning_runs(race), results, jobs)
+            tuned = collect(line for line in study.own(results.lines) if line["run"]["seed"] in study.tune)
+            _perform(study.final_runs(race, chosen_rates(tuned, race.workload, race.optimizer)), results, jobs)
+        _time(study, races, results)
+
+
+def _time(study: Study, races: Sequence[Race], results: Results) -> None:
+    """Time all methods of the races, side by side, if one of them has no time yet."""
+    runs = [study.run(race, method, TIMING_RATE, study.seeds[0]) for race in races for method in race.rates]
+    timed = clocks_of(results.lines, study.methods)
+    if any((run.workload, run.optimizer, run.method) not in timed for run in runs):
+        results.append(timing_line(runs, time_runs(runs)))
 
 
 def tell(study: Study, results: Results, out: Path) -> None:
