@@ -53,7 +53,7 @@ def move_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> i
     layout = layouts[0]
     samples, size = min(layout.slots(config.max_samples), work.rows), layout.groups * layout.d
     if layout.rank:
-        return _renew_flops(layout, samples) + sum(map(_follow_flops, layouts))
+        return _renew_flops(layout, samples) + sum(8 * _size(other) * layout.rank for other in layouts)
     total = 0
     for stacks, m, _ in layout.factor_shapes:
         n = samples * size // (stacks * m)
@@ -68,21 +68,14 @@ def move_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> i
 
 
 def _renew_flops(layout: Layout, samples: int) -> int:
-    """Count the FLOP of a new V from so many rows."""
+    """Count the FLOP of a new V from so many rows, and of what weights are multiplied by to follow it."""
     d, rank = layout.d, layout.rank
     rows = samples + rank
     total = 4 * samples * rank * d + 2 * samples * d * min(samples, d)  # z, and its moment
     total += 2 * rows * d * min(rows, d) + EIGENVALUES * min(rows, d) ** 3  # of the sketch and x together
     if rows < d:
         total += 2 * rank * rows * d  # the new sketch
-    return layout.stacks * total
-
-
-def _follow_flops(layout: Layout) -> int:
-    """Count the FLOP of a weight that follows from one V to another."""
-    rank = layout.rank
-    small = 4 * rank * rank * (layout.d + layout.d_out) + rank**3  # of the two V, and of what is along them
-    return 8 * _size(layout) * rank + layout.stacks * small
+    return layout.stacks * (total + 8 * rank * rank * d + rank**3)
 
 
 def extra_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from decorr_fx.ops.moment import Moment
-from decorr_fx.ops.shrink import follow, shrink
+from decorr_fx.ops.shrink import Following, shrink
 
 SMALLEST = 1e-6  # eigenvalue over delta below which R is the identity to float32's last digits
 
@@ -40,18 +40,17 @@ class Past:
 
 @dataclass(frozen=True)
 class Replacement:
-    """R that is replaced: V before, the new one in `factors`, the new running moments, and the moment of z before."""
+    """R that is replaced: the new V in `factors`, the new running moments, the moment of z before, and what follows."""
 
-    old: Tensor
     factors: list[Tensor]
     moments: list[Tensor]
     of_z: list[Moment]
+    following: Following
 
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
         """Return `W R_old R_new^-1` for the stacked weight of one of the sites that took the step together."""
-        each = len(self.old) // sites
-        own = slice(site * each, (site + 1) * each)
-        return follow(stacked, self.old[own], self.factors[0][own])
+        each = len(self.factors[0]) // sites
+        return self.following(stacked, slice(site * each, (site + 1) * each))
 
 
 def renew(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float, power: float, damping: float) -> Replacement:
@@ -73,7 +72,8 @@ def renew(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float, power: f
     together = torch.cat([old_share[:, None, None] * sketch, new_share[:, None, None] * x], 1)
     values, sketch = largest_directions(together, V.shape[1])
     new = directions_to_shrink(values, sketch, damping * trace / x.shape[2], power)
-    return Replacement(V, [new], [sketch, trace], [Moment.of(shrink(x, V), count[:, None, None])])
+    of_z = Moment.of(shrink(x, V), count[:, None, None])
+    return Replacement([new], [sketch, trace], [of_z], Following.between(V, new))
 
 
 def largest_directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:

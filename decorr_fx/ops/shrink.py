@@ -5,6 +5,8 @@ the rows of V are `1 - |v|^2`. V of zeros is the identity. No d x d matrix is ev
 4 rank FLOP a number.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,19 +18,32 @@ def shrink(rows: Tensor, V: Tensor) -> Tensor:
     return torch.baddbmm(rows, rows @ V.mT, V, alpha=-1)
 
 
-def follow(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """Return `rows [stacks, n, d]` times the R of the old V and the inverse of that of the new one.
+@dataclass(frozen=True)
+class Following:
+    """What rows are multiplied by where R moves and they are to follow: `R_old R_new^-1 = I + read^T added`.
 
-    The inverse is `I + V^T (I - V V^T)^-1 V`, for any V. All that is read of the rows, and added to them, lies along
-    the rows of the two: two products with the rows, however many there are.
+    All that is read of the rows, and added to them, lies along the rows of the two V: two products with the rows,
+    however many there are.
+
+    Attributes:
+        read: `[stacks, 2 rank, d]`.
+        added: likewise.
     """
-    rank = old.shape[1]
-    both = torch.cat([old, new], 1)
-    along_old, along_new = torch.split(rows @ both.mT, rank, 2)
-    eye = torch.eye(rank, dtype=old.dtype, device=old.device)
-    inner = inverse_of_definite(eye - new @ new.mT)
-    along_new = (along_new - along_old @ (old @ new.mT)) @ inner
-    return torch.baddbmm(rows, torch.cat([-along_old, along_new], 2), both)
+
+    read: Tensor
+    added: Tensor
+
+    @classmethod
+    def between(cls, old: Tensor, new: Tensor) -> "Following":
+        """Return it for the V before and after, by `R^-1 = I + V^T (I - V V^T)^-1 V`, for any V."""
+        eye = torch.eye(new.shape[1], dtype=new.dtype, device=new.device)
+        inverted = inverse_of_definite(eye - new @ new.mT) @ new
+        both = torch.cat([old, new], 1)
+        return cls(both, torch.cat([torch.baddbmm(old, old @ new.mT, inverted).neg_(), inverted], 1))
+
+    def __call__(self, rows: Tensor, own: slice = slice(None)) -> Tensor:
+        """Return the rows `[stacks, n, d]` as they follow, of those stacks of all that are here."""
+        return torch.baddbmm(rows, rows @ self.read[own].mT, self.added[own])
 
 
 def shrink_channels(x: Tensor, V: Tensor, spatial: int) -> Tensor:

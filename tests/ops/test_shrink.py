@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decorr_fx.ops.shrink import follow, shrink, shrink_channels
+from decorr_fx.ops.shrink import Following, shrink, shrink_channels
 
 
 def drawn_V(stacks: int, rank: int, d: int, longest: float = 0.999) -> Tensor:
@@ -28,19 +28,19 @@ def test_rows_are_multiplied_by_R(stacks: int, rank: int, d: int) -> None:
 def test_rows_follow_from_the_old_R_to_the_new_one(stacks: int, rank: int, d: int) -> None:
     old, new = drawn_V(stacks, rank, d), drawn_V(stacks, rank, d, longest=0.9)
     rows = torch.randn(stacks, 5, d, dtype=torch.float64)
-    torch.testing.assert_close(follow(rows, old, new), rows @ dense(old) @ torch.linalg.inv(dense(new)))
+    torch.testing.assert_close(Following.between(old, new)(rows), rows @ dense(old) @ torch.linalg.inv(dense(new)))
 
 
 def test_no_step_in_float32_loses_the_function_where_one_direction_has_nearly_everything() -> None:
     old, new = (drawn_V(1, 8, 300, longest=0.99).float() for _ in range(2))
     rows = torch.randn(1, 20, 300)
-    torch.testing.assert_close(shrink(follow(rows, old, new), new), shrink(rows, old), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shrink(Following.between(old, new)(rows), new), shrink(rows, old), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_follow_exactly_where_V_is_not_quite_orthogonal() -> None:
     old, new = (drawn_V(2, 4, 9, longest=0.5) + 0.05 * torch.randn(2, 4, 9, dtype=torch.float64) for _ in range(2))
     rows = torch.randn(2, 5, 9, dtype=torch.float64)
-    torch.testing.assert_close(shrink(follow(rows, old, new), new), shrink(rows, old))
+    torch.testing.assert_close(shrink(Following.between(old, new)(rows), new), shrink(rows, old))
 
 
 @pytest.mark.parametrize("groups", [1, 3])

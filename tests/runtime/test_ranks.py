@@ -246,7 +246,7 @@ def test_a_step_of_R_sends_and_computes_what_docs_scaling_says() -> None:
     for d, o in ((20, 8 / ranks), (8, 4 / ranks)):
         rows = min(8 + 3, d)
         counted += 4 * 8 * 3 * d + 2 * 8 * d * 8 + 2 * (8 + 3) * d * rows + (2 * 3 * (8 + 3) * d if d > 8 + 3 else 0)
-        counted += 8 * o * d * 3 + 4 * 3 * 3 * (d + o)
+        counted += 8 * 3 * 3 * d + 8 * o * d * 3
     assert flops.get_total_flops() == counted
 
 
