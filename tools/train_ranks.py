@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +31,8 @@ def joined(timeout: float) -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
     dist.init_process_group(timeout=timedelta(seconds=timeout))
     this = f"rank {rank()} of {ranks()}"
     try:
