@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property, update_wrapper
+from inspect import signature
 from itertools import count
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,7 +20,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from decorr_fx.errors import ModelError, PassError
+from decorr_fx.runtime.broadcast import follow_registrations
 from decorr_fx.runtime.state import Site
+from decorr_fx.runtime.stepper import follow_optimizers
 from decorr_fx.runtime.watch import Read, run_watched
 
 Result = TypeVar("Result")
@@ -111,11 +114,10 @@ class Graphs:
         """Return the forward of a layer that was of `plain_class`."""
         train_forward, eval_forward = self.forwards
 
-        @wraps(plain_class.forward)
         def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return (train_forward if self_.training else eval_forward)(self_, *args, **kwargs)
 
-        return forward
+        return _in_place_of(plain_class, forward)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"train": self.train, "evaluate": self.evaluate}
@@ -130,11 +132,27 @@ class Watched:
     def bind(self, plain_class: type[nn.Module]) -> Callable[..., Any]:
         """Return the forward of a layer that was of `plain_class`."""
 
-        @wraps(plain_class.forward)
         def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return run_watched(self_, self.reads, plain_class.forward, args, kwargs)
 
-        return forward
+        return _in_place_of(plain_class, forward)
+
+
+def _in_place_of(plain_class: type[nn.Module], decorrelated: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward that a layer has while it is decorrelated; it looks like that of its own class.
+
+    Trainers keep a forward in wrappers of theirs, on the instance: after `fold` the layer's own one runs in them. There
+    is no `__wrapped__`, by which they would get past R.
+    """
+
+    def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        of_layer = decorrelated if isinstance(self_, DecorrelatedLayer) else plain_class.forward
+        return of_layer(self_, *args, **kwargs)
+
+    update_wrapper(forward, plain_class.forward)
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__signature__ = signature(plain_class.forward)  # type: ignore[attr-defined]
+    return forward
 
 
 class DecorrelatedLayer:
@@ -176,6 +194,8 @@ def _layer_class(plain_class: type[nn.Module], run: Graphs | Watched) -> type[nn
 
 
 def _new_layer(plain_class: type[nn.Module], run: Graphs | Watched) -> nn.Module:
+    follow_optimizers()  # this process may have called no `transform`, and only unpickled a model
+    follow_registrations()
     layer_class = _layer_class(plain_class, run)
     return layer_class.__new__(layer_class)
 

@@ -18,7 +18,7 @@ _BEFORE = "_decorr_ignored_by_ddp_before"  # what the module itself had said; No
 
 def keep_from_broadcast(model: nn.Module) -> None:
     """Let DDP leave the buffers of all sites of a model alone, wherever the model will be put."""
-    _follow_registrations()
+    follow_registrations()
     _ignore(model, _site_buffers(model))
 
 
@@ -33,7 +33,8 @@ def allow_broadcast(module: nn.Module) -> None:
 
 
 @cache
-def _follow_registrations() -> None:
+def follow_registrations() -> None:
+    """Tell every module of what it takes in, from now on; calling it again does nothing."""
     register_module_module_registration_hook(_pass_on)
 
 

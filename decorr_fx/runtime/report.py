@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
+from statistics import fmean as mean
 
 import torch
 from tabulate import tabulate
@@ -162,6 +163,22 @@ class SiteStats:
 
 class Stats(tuple[SiteStats, ...]):
     """The `SiteStats` of every site; printing it gives a table."""
+
+    def scalars(self) -> dict[str, float]:
+        """Return the whole model in six named numbers, as loggers take them, such as TensorBoard's.
+
+        Of correlation and variance error the mean over sites, and the worst site; of steps those of the site that took
+        the fewest; refused steps are counted over all sites.
+        """
+        correlations, errors = [s.correlation for s in self], [s.variance_error for s in self]
+        return {
+            "decorr/correlation": mean(correlations),
+            "decorr/correlation_worst": max(correlations),
+            "decorr/variance_error": mean(errors),
+            "decorr/variance_error_worst": max(errors),
+            "decorr/steps": float(min(s.steps for s in self)),
+            "decorr/refused": float(sum(s.refused for s in self)),
+        }
 
     def __str__(self) -> str:
         """Return the table."""
