@@ -56,21 +56,24 @@ def test_two_ranks_share_each_batch_and_learn_what_one_learns(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("end", "message"),
+    ("end", "messages"),
     [
-        (lambda launcher: ranks_of(launcher)[1].kill(), "rank 0 of 2: another one is gone"),
-        (lambda launcher: launcher.send_signal(signal.SIGINT), "interrupted: this is what was reached"),
+        # the other rank notices itself, or in the midst of an evaluation the launcher tells it
+        (lambda launcher: ranks_of(launcher)[1].kill(), ["rank 0 of 2: another one is gone", "interrupted"]),
+        (lambda launcher: launcher.send_signal(signal.SIGINT), ["interrupted: this is what was reached"]),
     ],
     ids=["a killed rank", "Ctrl-C"],
 )
-def test_an_early_end_is_told_and_the_last_checkpoint_is_whole(end: object, message: str, tmp_path: Path) -> None:
+def test_an_early_end_is_told_and_the_last_checkpoint_is_whole(
+    end: object, messages: list[str], tmp_path: Path
+) -> None:
     launcher = start(tmp_path, "--epochs", "5000", "--timeout", "20")
     wait_for(tmp_path / "checkpoint.pt", launcher)
     assert len(ranks_of(launcher)) == 2
     end(launcher)  # type: ignore[operator]
     out, error = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
-    assert message in out + error
+    assert any(message in out + error for message in messages)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert all(value.isfinite().all() for value in checkpoint["contenders"]["decorr"]["model"].values())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
