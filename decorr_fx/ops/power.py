@@ -10,7 +10,11 @@ preconditioned by R^T R. Weights that follow take `W <- W R_old R_new^-1`, as in
 (arXiv 1507.00210), where p is 1/2 and R a whole root.
 
 Sigma is kept as a *sketch* `B [stacks, rank, d]` of orthogonal rows, the largest last: `Sigma = B^T B`, cut to its rank
-after each step. A matrix of d x d numbers is formed only where d is small.
+after each step. Its eigenvalues are the squared norms of the rows of B, and V is B with other norms. A matrix of d x d
+numbers is formed only where d is small.
+
+A step has two parts: `learn` looks at rows and takes long; `replace` needs nothing but what was learned and the V
+before, so that one of several ranks may learn for all.
 """
 
 from collections.abc import Sequence
@@ -39,12 +43,19 @@ class Past:
 
 
 @dataclass(frozen=True)
-class Replacement:
-    """R that is replaced: the new V in `factors`, the new running moments, the moment of z before, and what follows."""
+class Learned:
+    """What rows of x tell: the new running moments, as in `Past`, and the second moment of z before the step."""
 
-    factors: list[Tensor]
     moments: list[Tensor]
     of_z: list[Moment]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """R that is replaced: the new V in `factors`, the new running moments, and what follows."""
+
+    factors: list[Tensor]
+    moments: Sequence[Tensor]
     following: Following
 
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
@@ -53,8 +64,8 @@ class Replacement:
         return self.following(stacked, slice(site * each, (site + 1) * each))
 
 
-def renew(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float, power: float, damping: float) -> Replacement:
-    """Return what replaces R.
+def learn(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float) -> Learned:
+    """Return the new running moments.
 
     Args:
         V: of R, `[stacks, rank, d]`.
@@ -62,38 +73,48 @@ def renew(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float, power: f
         count: `[stacks]`, the number of rows in use.
         past: what is remembered.
         rate: at which running moments follow new ones; the first few steps take their plain mean.
-        power: p.
-        damping: delta over the mean eigenvalue.
     """
     sketch, trace = past.moments
     rates = (1 / (past.steps + 1)).clamp(min=min(rate, 1)).to(x.dtype).repeat_interleave(len(V) // len(past.steps))
     trace = trace.lerp(x.square().sum((1, 2)) / count, rates)
     old_share, new_share = (1 - rates).sqrt(), (rates / count).sqrt()
     together = torch.cat([old_share[:, None, None] * sketch, new_share[:, None, None] * x], 1)
-    values, sketch = largest_directions(together, V.shape[1])
-    new = directions_to_shrink(values, sketch, damping * trace / x.shape[2], power)
     of_z = Moment.of(shrink(x, V), count[:, None, None])
-    return Replacement([new], [sketch, trace], [of_z], Following.between(V, new))
+    return Learned([largest_directions(together, V.shape[1]), trace], [of_z])
 
 
-def largest_directions(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the largest eigenvalues of `X^T X` for rows `X [stacks, n, d]`, `[stacks, rank]`, and their sketch.
+def replace(V: Tensor, moments: Sequence[Tensor], power: float, damping: float) -> Replacement:
+    """Return what replaces R of this V, `[stacks, rank, d]`, for the new running moments.
 
-    The sketch `B [stacks, rank, d]` has the eigenvectors as rows, each as long as the root of its eigenvalue. Through
-    the matrix over rows where that is the smaller one. NaN where the rows are not finite.
+    Args:
+        V: before the step.
+        moments: as `learn` returns them.
+        power: p.
+        damping: delta over the mean eigenvalue.
+    """
+    sketch, trace = moments
+    new = directions_to_shrink(sketch, damping * trace / V.shape[2], power)
+    return Replacement([new], moments, Following.between(V, new))
+
+
+def largest_directions(rows: Tensor, rank: int) -> Tensor:
+    """Return the sketch of `X^T X` for rows `X [stacks, n, d]`.
+
+    The sketch `B [stacks, rank, d]` has the largest eigenvectors as rows, each as long as the root of its eigenvalue.
+    Through the matrix over rows where that is the smaller one. NaN where the rows are not finite.
     """
     dense = rows.shape[1] >= rows.shape[2]
     gram = rows.mT @ rows if dense else rows @ rows.mT
-    finite = gram.isfinite().flatten(1).all(1)[:, None]
-    values, vectors = torch.linalg.eigh(gram.where(finite[..., None], 0))  # which raises for what is not finite
-    values = values[:, -rank:].clamp(min=0).where(finite, torch.nan)  # below 0 by rounding
-    vectors = vectors[:, :, -rank:].mT
-    return values, values.sqrt()[..., None] * vectors if dense else vectors @ rows
+    finite = gram.isfinite().flatten(1).all(1)[:, None, None]
+    values, vectors = torch.linalg.eigh(gram.where(finite, 0))  # which raises for what is not finite
+    largest: Tensor = vectors[:, :, -rank:].mT.where(finite, torch.nan)
+    lengths: Tensor = values[:, -rank:, None].clamp(min=0).sqrt()  # below 0 by rounding
+    return lengths * largest if dense else largest @ rows
 
 
-def directions_to_shrink(values: Tensor, sketch: Tensor, delta: Tensor, power: float) -> Tensor:
-    """Return V of `I - V^T V = (I + B^T B / delta)^-power` for a sketch B, its eigenvalues, and `delta [stacks]`."""
+def directions_to_shrink(sketch: Tensor, delta: Tensor, power: float) -> Tensor:
+    """Return V of `I - V^T V = (I + B^T B / delta)^-power` for a sketch B, and `delta [stacks]`."""
     delta = delta.clamp(min=torch.finfo(delta.dtype).tiny)[:, None]  # all rows were zero: so is V
-    ratio = (values / delta).clamp(min=SMALLEST)
+    ratio = (sketch.square().sum(2) / delta).clamp(min=SMALLEST)
     shrunk = -torch.expm1(-power * torch.log1p(ratio))  # 1 - (1 + ratio)^-power, right for small ones
     return (shrunk / ratio / delta).sqrt()[..., None] * sketch

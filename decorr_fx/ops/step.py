@@ -9,7 +9,6 @@ from torch import Tensor
 
 from decorr_fx.config import DecorrConfig, RuleName
 from decorr_fx.ops.moment import Moment
-from decorr_fx.ops.power import Past, renew
 from decorr_fx.ops.rules import Transition, transitions
 from decorr_fx.ops.structure import mix, refold_mode, unfold_mode
 
@@ -28,10 +27,6 @@ class Step(Protocol):
     def moments(self) -> Sequence[Tensor]:
         """The new running moments; none where the rule keeps none."""
 
-    @property
-    def of_z(self) -> Sequence[Moment]:
-        """The second moment of z before the step, of each factor's own mode."""
-
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
         """Return the stacked weight `[stacks, d_out, *modes]` such that `W R` is what it was before the step.
 
@@ -49,7 +44,7 @@ class SmallStep:
 
     @property
     def of_z(self) -> list[Moment]:
-        """What the transitions were made of."""
+        """The second moment of z before the step, of each factor's own mode: what the transitions were made of."""
         return [transition.moment for transition in self.transitions]
 
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
@@ -62,27 +57,27 @@ class SmallStep:
         return stacked
 
 
-def losses(step: Step, sites: int) -> Tensor:
-    """Return mean squared correlation and variance error of z before the step, of each site, `[sites, 2]`."""
-    of_factors = [torch.stack([moment.correlation(), moment.variance_error()], 1) for moment in step.of_z]
+def losses(of_z: Sequence[Moment], sites: int) -> Tensor:
+    """Return mean squared correlation and variance error of each site, `[sites, 2]`.
+
+    Of z with these second moments: one for each factor, of its own mode.
+    """
+    of_factors = [torch.stack([moment.correlation(), moment.variance_error()], 1) for moment in of_z]
     return torch.stack([of_factor.reshape(sites, -1, 2).mean(1) for of_factor in of_factors]).mean(0)
 
 
 def step_factors(
-    factors: Sequence[Tensor], x: Tensor, count: Tensor, config: DecorrConfig, decor_lr: float, past: Past | None = None
-) -> Step:
-    """Move R by one step.
+    factors: Sequence[Tensor], x: Tensor, count: Tensor, config: DecorrConfig, decor_lr: float
+) -> SmallStep:
+    """Move R by one small step.
 
     Args:
-        factors: the factors of R, `[stacks, modes[i], modes[i]]`, the last of fewer stacks where blocks share it; or V.
+        factors: the factors of R, `[stacks, modes[i], modes[i]]`, the last of fewer stacks where blocks share it.
         x: rows `[stacks, n, *modes]`, demeaned where the rule asks for it; unused rows are zero.
         count: `[stacks]`, the number of rows in use.
         config: the rule, and its settings.
-        decor_lr: step size of R, or rate of the running moments.
-        past: what the rule `power` remembers.
+        decor_lr: step size of R.
     """
-    if past is not None:
-        return renew(factors[0], x, count, past, decor_lr, config.power, config.damping)
     z = mix(x, [factor.mT for factor in factors])
     of_z = [Moment.of(rows, used) for rows, used in _rows(z, factors, count)]
     found = transitions(of_z, x, z, config.rule, decor_lr, config.kappa)

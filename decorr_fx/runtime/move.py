@@ -1,22 +1,27 @@
-"""Moving R: sites of equal shape take their step together, in one batch; weights follow, and bad steps are refused.
+"""Moving R: sites of equal shape take their step together, in one batch.
 
-Nothing here waits for the device.
+A step of a rule that remembers has two parts: one looks at the rows, and what it finds is small; the other takes the
+step. On several ranks the first part may be made elsewhere.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from decorr_fx.ops.power import Past
+from decorr_fx.ops import power
 from decorr_fx.ops.product import full_precision
-from decorr_fx.ops.step import Step, losses, step_factors
-from decorr_fx.ops.structure import fold_weight, output_of_mean, stack_rows, stack_weight, unstack_weight
+from decorr_fx.ops.step import losses, step_factors
+from decorr_fx.ops.structure import stack_rows
+from decorr_fx.runtime.finding import Finding
+from decorr_fx.runtime.follow import split, take_step
 from decorr_fx.runtime.state import Recorded, Site
 
 MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,21 +35,26 @@ class Move:
 
 def group_by_shape(moves: Iterable[Move]) -> Iterator[list[Move]]:
     """Yield the moves that can be made together."""
-    groups: dict[Any, list[Move]] = {}
-    for one in moves:
-        shapes = tuple((weight.layout, weight.centered) for weight in one.site.spec.weights)
-        rows = one.recorded.rows
-        key = (shapes, one.site.spec.config, rows.shape, rows.dtype, rows.device, one.decor_lr)
-        groups.setdefault(key, []).append(one)
+    return grouped(moves, lambda one: (_shape(one.site), one.decor_lr))
+
+
+def group_findings(findings: Iterable[Finding]) -> Iterator[list[Finding]]:
+    """Yield the findings of which the steps can be taken together."""
+    return grouped(findings, lambda one: _shape(one.site))
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> Iterator[list[T]]:
+    """Yield the items of each key, in the order in which the keys come first."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     yield from groups.values()
 
 
-@dataclass(frozen=True)
-class Update:
-    """What replaces what if a step is accepted: one tensor a site."""
-
-    old: list[Tensor]
-    new: list[Tensor]
+def _shape(site: Site) -> tuple[Any, ...]:
+    """Return what sites have in common that step in one batch."""
+    shapes = tuple((weight.layout, weight.centered) for weight in site.spec.weights)
+    return shapes, site.spec.config, site.rows.shape, site.rows.dtype, site.rows.device
 
 
 @torch.no_grad()
@@ -53,40 +63,84 @@ def move(moves: Sequence[Move]) -> None:
 
     A site without rows does not move. A step whose rows or results are not finite is refused and counted.
     """
-    sites, decor_lr = [one.site for one in moves], moves[0].decor_lr
-    layout, config = sites[0].spec.layout, sites[0].spec.config
+    if moves[0].site.spec.remembers:
+        take(look(moves))
+        return
+    sites, config = [one.site for one in moves], moves[0].site.spec.config
     with full_precision(sites[0].rows.device):
-        used = torch.stack([one.recorded.used for one in moves])
-        x = stack_rows(torch.stack([one.recorded.rows for one in moves]).where(used[..., None], 0), layout)
-        seen = used.sum(1)
-        count = seen.repeat_interleave(layout.stacks)
-        means = None
-        if sites[0].spec.demeaned:
-            means, x = _demean(sites, x, count, used.repeat_interleave(layout.stacks, 0))
-        factors = [_join(of_sites) for of_sites in zip(*(site.factors for site in sites), strict=True)]
-        step = step_factors(factors, x, count, config, decor_lr, _past(sites))
-        updates = [Update([site.factors[i] for site in sites], _split(f, sites)) for i, f in enumerate(step.factors)]
-        updates += [Update([s.moments[i] for s in sites], _split(m, sites)) for i, m in enumerate(step.moments)]
-        if means is not None:
-            updates.append(Update([site.mean for site in sites], means))
-        if config.preserve_function:
-            updates += _followers(sites, step, means)
-        _commit(sites, updates, step, seen > 0)
+        rows = _rows(moves)
+        step = step_factors(_factors(sites), rows.x, rows.count, config, moves[0].decor_lr)
+        take_step(sites, step, rows.means, losses(step.of_z, len(sites)), rows.seen)
 
 
-def _past(sites: Sequence[Site]) -> Past | None:
-    if not sites[0].spec.remembers:
-        return None
+@torch.no_grad()
+def look(moves: Sequence[Move]) -> list[Finding]:
+    """Return what the rows of sites of equal shape tell, for a rule that remembers; nothing has moved then."""
+    sites = [one.site for one in moves]
+    with full_precision(sites[0].rows.device):
+        rows = _rows(moves)
+        (V,) = _factors(sites)
+        learned = power.learn(V, rows.x, rows.count, _past(sites), moves[0].decor_lr)
+        moments = zip(*(split(moment, sites) for moment in learned.moments), strict=True)
+        means: Sequence[Tensor | None] = [None] * len(sites) if rows.means is None else rows.means
+        found, seen = losses(learned.of_z, len(sites)), rows.seen.to(V.dtype)[:, None]
+        return [Finding(*parts) for parts in zip(sites, moments, means, found, seen, strict=True)]
+
+
+@torch.no_grad()
+def take(findings: Sequence[Finding]) -> None:
+    """Take the step of sites of equal shape, by what their rows tell; see `move`."""
+    sites = [one.site for one in findings]
+    config = sites[0].spec.config
+    with full_precision(sites[0].rows.device):
+        moments = [_join(of_sites) for of_sites in zip(*(one.moments for one in findings), strict=True)]
+        (V,) = _factors(sites)
+        step = power.replace(V, moments, config.power, config.damping)
+        means = [one.mean for one in findings if one.mean is not None] or None
+        found, seen = torch.stack([one.losses for one in findings]), torch.cat([one.seen for one in findings])
+        take_step(sites, step, means, found, seen)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of sites of equal shape.
+
+    Attributes:
+        x: `[stacks, n, *modes]`, demeaned where the rule asks for it; unused ones are zero.
+        count: how many are in use, `[stacks]`.
+        seen: how many are in use, `[sites]`.
+        means: the new running mean of each site, where rows are demeaned.
+    """
+
+    x: Tensor
+    count: Tensor
+    seen: Tensor
+    means: list[Tensor] | None
+
+
+def _rows(moves: Sequence[Move]) -> _Rows:
+    sites, layout = [one.site for one in moves], moves[0].site.spec.layout
+    used = torch.stack([one.recorded.used for one in moves])
+    x = stack_rows(torch.stack([one.recorded.rows for one in moves]).where(used[..., None], 0), layout)
+    seen = used.sum(1)
+    count = seen.repeat_interleave(layout.stacks)
+    means = None
+    if sites[0].spec.demeaned:
+        means, x = _demean(sites, x, count, used.repeat_interleave(layout.stacks, 0))
+    return _Rows(x, count, seen, means)
+
+
+def _factors(sites: Sequence[Site]) -> list[Tensor]:
+    return [_join(of_sites) for of_sites in zip(*(site.factors for site in sites), strict=True)]
+
+
+def _past(sites: Sequence[Site]) -> power.Past:
     moments = [_join(of_sites) for of_sites in zip(*(site.moments for site in sites), strict=True)]
-    return Past(moments, torch.stack([site.steps for site in sites]))
+    return power.Past(moments, torch.stack([site.steps for site in sites]))
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _split(stacked: Tensor, sites: Sequence[Site]) -> list[Tensor]:
-    return list(stacked.chunk(len(sites)))
 
 
 def _demean(sites: Sequence[Site], x: Tensor, count: Tensor, used: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -94,45 +148,4 @@ def _demean(sites: Sequence[Site], x: Tensor, count: Tensor, used: Tensor) -> tu
     old = _join([site.mean for site in sites])
     ones = [1] * (old.dim() - 1)
     mean = old + MEAN_MOMENTUM * (x.sum(1) / count.reshape(-1, *ones) - old)
-    return _split(mean, sites), (x - mean[:, None]).where(used.reshape(*used.shape, *ones), 0)
-
-
-def _followers(sites: Sequence[Site], step: Step, means: list[Tensor] | None) -> Iterator[Update]:
-    """Yield the weights, and the biases where centred, such that the function of each layer stands still."""
-    for index, weight in enumerate(sites[0].spec.weights):
-        yield Update([site.weights[index].held()[0] for site in sites], _moved_weights(sites, step, index))
-        if weight.centered and means is not None:
-            biases = [bias.get() for site in sites if (bias := site.weights[index].bias) is not None]
-            shifts = [_shift(site, index, mean) for site, mean in zip(sites, means, strict=True)]
-            yield Update(biases, [(b.to(s.dtype) + s).to(b.dtype) for b, s in zip(biases, shifts, strict=True)])
-
-
-def _moved_weights(sites: Sequence[Site], step: Step, index: int) -> list[Tensor]:
-    """Return weight number `index` of each site as it follows; one by one, since joining them would copy them all."""
-    moved = []
-    for i, site in enumerate(sites):
-        W, layout = site.weights[index].held()
-        stacked = step.retreat(stack_weight(W.to(site.rows.dtype), layout), i, len(sites))
-        moved.append(unstack_weight(stacked, W.shape, layout).to(W.dtype))
-    return moved
-
-
-def _shift(site: Site, index: int, mean: Tensor) -> Tensor:
-    """Return what a bias gains when the mean moves to `mean`: `W R (mean - old mean)`."""
-    layout = site.spec.weights[index].layout
-    W = site.weights[index].get().to(site.rows.dtype)
-    return output_of_mean(fold_weight(W, site.factors, layout), mean - site.mean, layout)
-
-
-def _commit(sites: Sequence[Site], updates: list[Update], step: Step, recorded: Tensor) -> None:
-    # a sum is finite if what it adds up is: numbers near the largest one of a type are as good as infinite
-    sums = torch.stack([new.sum() for update in updates for new in update.new])
-    finite = sums.isfinite().reshape(len(updates), -1).all(0)
-    accepted = recorded & finite
-    found = losses(step, len(sites))
-    for i, site in enumerate(sites):
-        for update in updates:
-            torch.where(accepted[i], update.new[i], update.old[i], out=update.old[i])
-        torch.where(accepted[i], found[i], site.losses, out=site.losses)
-        site.steps += accepted[i]
-        site.refused += recorded[i] & ~finite[i]
+    return split(mean, sites), (x - mean[:, None]).where(used.reshape(*used.shape, *ones), 0)

@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decorr_fx.config import DecorrConfig
 from decorr_fx.ops import reference
-from decorr_fx.ops.power import Past, directions_to_shrink, largest_directions
-from decorr_fx.ops.step import Step, step_factors
+from decorr_fx.ops.power import Past, Replacement, directions_to_shrink, largest_directions, learn, replace
 
 powers = st.sampled_from([0.0, 0.25, 0.5])
 dampings = st.sampled_from([1e-2, 0.1, 1.0])
@@ -29,11 +27,10 @@ class Drawn:
     used: int
     sites: int
 
-    def step(self, dtype: torch.dtype, rate: float, power: float, damping: float) -> Step:
+    def step(self, dtype: torch.dtype, rate: float, power: float, damping: float) -> Replacement:
         past = Past([self.sketch.to(dtype), self.trace.to(dtype)], torch.full((self.sites,), STEPS))
-        config = DecorrConfig(power=power, damping=damping)
-        count = torch.tensor(self.used).expand(len(self.x))
-        return step_factors([self.V.to(dtype)], self.x.to(dtype), count, config, rate, past)
+        V, count = self.V.to(dtype), torch.tensor(self.used).expand(len(self.x))
+        return replace(V, learn(V, self.x.to(dtype), count, past, rate).moments, power, damping)
 
     def running(self, i: int, rate: float) -> Tensor:
         """Return the second moment of stack number i after the step, before it is cut to its rank."""
@@ -102,23 +99,39 @@ def test_R_of_full_rank_and_power_one_half_whitens_what_is_far_above_the_damping
     rows = torch.randn(50, 6, dtype=torch.float64) @ (torch.eye(6) + 0.2 * torch.ones(6, 6)).double()
     Sigma = reference.measure(rows).M
     delta = 1e-9 * torch.trace(Sigma)[None]
-    values, sketch = largest_directions(rows[None] / 50**0.5, 6)
-    z = rows @ dense_R(directions_to_shrink(values, sketch, delta, 0.5)[0])
+    sketch = largest_directions(rows[None] / 50**0.5, 6)
+    z = rows @ dense_R(directions_to_shrink(sketch, delta, 0.5)[0])
     M = reference.measure(z).M
     assert relative(M / M[0, 0], torch.eye(6, dtype=torch.float64)) < 1e-4
 
 
+@given(st.integers(1, 12), powers, dampings, st.integers(0, 1000))
+@settings(max_examples=200)
+def test_V_is_made_of_sketch_and_trace_alone_however_far_apart_eigenvalues_are(
+    rank: int, power: float, damping: float, seed: int
+) -> None:
+    """In float32, from a sketch as other ranks receive it."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(20, rank, generator=generator, dtype=torch.float64))[0].mT
+    sketch = 10 ** torch.empty(rank, 1, dtype=torch.float64).uniform_(-8, 4, generator=generator) * directions
+    mean = 1.5 * float(sketch.square().sum()) / 20
+    V = directions_to_shrink(sketch.float()[None], torch.tensor([damping * mean]), power)[0]
+    expected = reference.shrinking(sketch.T @ sketch, mean, rank, power, damping)
+    assert relative(dense_R(V.double()), expected) < 1e-6
+
+
+@pytest.mark.parametrize("d", [3, 30], ids=["more rows than features", "fewer"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_rows_that_are_not_finite_spoil_neither_the_call_nor_their_neighbours(value: float) -> None:
-    good = torch.randn(4, 3)
-    values, sketch = largest_directions(torch.stack([torch.full((4, 3), value), good]), 3)
-    assert not values[0].isfinite().any() and not sketch[0].isfinite().any()
+def test_rows_that_are_not_finite_spoil_neither_the_call_nor_their_neighbours(value: float, d: int) -> None:
+    good = torch.randn(4, d)
+    sketch = largest_directions(torch.stack([torch.full((4, d), value), good]), min(4, d))
+    assert not sketch[0].isfinite().any()
     torch.testing.assert_close(sketch[1].T @ sketch[1], good.T @ good)
 
 
 def test_rows_of_zeros_leave_R_at_the_identity() -> None:
-    values, sketch = largest_directions(torch.zeros(1, 9, 3), 3)
-    assert not directions_to_shrink(values, sketch, torch.zeros(1), 0.5).any()
+    sketch = largest_directions(torch.zeros(1, 9, 3), 3)
+    assert not directions_to_shrink(sketch, torch.zeros(1), 0.5).any()
 
 
 def test_the_first_steps_take_the_plain_mean_of_all_rows_so_far() -> None:
@@ -127,7 +140,7 @@ def test_the_first_steps_take_the_plain_mean_of_all_rows_so_far() -> None:
     V = torch.zeros(1, 3, 3, dtype=torch.float64)
     for i, rows in enumerate(x):
         past = Past(moments, torch.tensor([i]))
-        moments = list(step_factors([V], rows[None], torch.tensor([5]), DecorrConfig(), 0.1, past).moments)
+        moments = learn(V, rows[None], torch.tensor([5]), past, 0.1).moments
     torch.testing.assert_close(moments[0][0].T @ moments[0][0], reference.measure(x.flatten(0, 1)).M)
 
 
@@ -137,7 +150,7 @@ def test_directions_of_a_batch_on_several_threads(d: int) -> None:
     torch.set_num_threads(2)
     try:
         rows = torch.randn(3, 400, 30) @ torch.randn(3, 30, d)
-        _, sketch = largest_directions(rows, 30)
+        sketch = largest_directions(rows, 30)
         for own, B in zip(rows.double(), sketch.double(), strict=True):
             assert relative(B.T @ B, own.T @ own) < 1e-4
     finally:

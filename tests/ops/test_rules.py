@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from decorr_fx.config import DecorrConfig, RuleName
 from decorr_fx.ops import reference
 from decorr_fx.ops.rules import RULES, STEP_BOUND
-from decorr_fx.ops.step import Step, losses, step_factors
+from decorr_fx.ops.step import SmallStep, losses, step_factors
 
 rules = st.sampled_from(list(RULES))
 step_sizes = st.sampled_from([0.0, 1e-3, 0.05, 1.0, 100.0])
@@ -17,7 +17,7 @@ kappas = st.sampled_from([0.0, 0.01, 0.5, 1.0])
 DBP = DecorrConfig(rule="dbp")
 
 
-def fast(drawn: Drawn, dtype: torch.dtype, rule: RuleName, lr: float, kappa: float) -> Step:
+def fast(drawn: Drawn, dtype: torch.dtype, rule: RuleName, lr: float, kappa: float) -> SmallStep:
     x = drawn.x.to(dtype)
     count = torch.tensor(drawn.used).expand(len(x))
     config = DecorrConfig(rule=rule, kappa=kappa)
@@ -67,7 +67,7 @@ def test_losses_agree_with_the_reference(drawn: Drawn, rule: RuleName, kappa: fl
         modes = [of_blocks, [each.reshape(-1, each.shape[3])]] if each.dim() == 4 else [of_blocks]
         for i, loss in enumerate([reference.correlation_loss, reference.variance_loss]):
             expected = mean(mean(loss(rows) for rows in of_mode) for of_mode in modes)
-            assert float(losses(step, drawn.matrices)[matrix, i]) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+            assert float(losses(step.of_z, drawn.matrices)[matrix, i]) == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 @given(sites())
@@ -105,7 +105,7 @@ def test_steps_decorrelate_rows_of_a_badly_conditioned_input(rule: RuleName, row
     for _ in range(2000):
         step = step_factors(factors, x, torch.tensor([rows]), DecorrConfig(rule=rule), 0.5)
         factors = step.factors
-        found.append(losses(step, 1)[0].tolist())
+        found.append(losses(step.of_z, 1)[0].tolist())
     assert found[-1][0] < 1e-6
     assert found[-1][1] < 1e-6
 
