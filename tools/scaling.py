@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import decorr_fx
 from decorr_fx import DecorrConfig
 from decorr_fx.ops.cost import move_flops, own_flops
-from decorr_fx.runtime.distributed import exchanged_bytes
+from decorr_fx.runtime.divide import exchanged_bytes, look_flops, makers
 from decorr_fx.runtime.state import Site, sites_of
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -26,15 +26,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "ViT-L/16": lambda: timm.create_model("vit_large_patch16_224"),
     "Llama 7B": lambda: LlamaForCausalLM(LlamaConfig()),
 }
-RANKS = (1, 8, 64, 1024)
+RANKS = (1, 2, 4, 8, 64, 1024)
 MEBI, GIGA = 2**20, 1e9
 
 
 def scaling_table(models: Sequence[str] = tuple(MODELS), ranks: Sequence[int] = RANKS) -> str:
     """Return the table as Markdown."""
     headers = [
-        "model", "ranks", "R, moments (MiB)", "rows (MiB)", "sent for a step of R (MiB)",
-        "on average, of gradients", "a step of R (GFLOP)", "of it sharded (GFLOP)", "sharded, of a training step",
+        "model", "ranks", "R, moments (MiB)", "rows (MiB)", "sent for a step of R (MiB)", "of gradients", "on average",
+        "a step of R (GFLOP)", "sharded (GFLOP)", "sharded, of a training step",
     ]  # fmt: skip
     rows = [row for name in models for row in _rows(name, ranks)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
@@ -46,17 +46,17 @@ def _rows(name: str, ranks: Sequence[int]) -> list[list[str]]:
     model = decorr_fx.transform(plain)
     sites, every = list(sites_of(model)), DecorrConfig().update_every
     report = decorr_fx.report(model)
-    gradients = sum(p.nbytes for p in plain.parameters())
-    sent, own = exchanged_bytes(sites), sum(map(_own, sites))
+    gradients, own = sum(p.nbytes for p in plain.parameters()), sum(map(_own, sites))
     held, rows = sum(s.bytes for s in report.sites) / MEBI, sum(s.row_bytes for s in report.sites) / MEBI
     found = []
     for count in ranks:
-        sharded = sum(_step(site, count) for site in sites)
+        sent, looking = exchanged_bytes(sites, count), _looking(sites, count)
+        part = sent / (2 * gradients * (count - 1) / count) if count > 1 else 0
+        whole, sharded = (looking + sum(_following(site, holders) for site in sites) for holders in (1, count))
         found.append([
             name if count == ranks[0] else "", f"{count:,}", f"{held:,.0f}", f"{rows:,.0f}",
-            f"{sent / MEBI:,.0f}" if count > 1 else "-", f"{sent / every / gradients:.1%}" if count > 1 else "-",
-            f"{sum(_step(site, 1) for site in sites) / GIGA:,.1f}", f"{sharded / GIGA:,.1f}",
-            f"{sharded / every / own:.2%}",
+            *((f"{sent / MEBI:,.1f}", f"{part:.1%}", f"{part / every:.2%}") if count > 1 else "---"),
+            f"{whole / GIGA:,.1f}", f"{sharded / GIGA:,.1f}", f"{sharded / every / own:.3%}",
         ])  # fmt: skip
     return found
 
@@ -65,11 +65,19 @@ def _own(site: Site) -> int:
     return own_flops([weight.layout for weight in site.spec.weights], site.spec.work)
 
 
-def _step(site: Site, ranks: int) -> int:
-    """Return the FLOP of a step of R on one of the ranks that hold the weights together."""
+def _looking(sites: Sequence[Site], ranks: int) -> int:
+    """Return the FLOP of looking at rows, on the rank that has most to do."""
+    maker, loads = makers(sites, ranks), [0] * ranks
+    for site, rank in maker.items():
+        loads[rank] += look_flops(site)
+    return max(loads) + sum(look_flops(site) for site in sites if site not in maker)
+
+
+def _following(site: Site, holders: int) -> int:
+    """Return the FLOP of V and of weights that follow, on one of the ranks that hold the weights together."""
     layouts = [weight.layout for weight in site.spec.weights]
-    held = [replace(layout, d_out=-(-layout.d_out // ranks)) for layout in layouts]
-    return move_flops(held, site.spec.work, site.spec.config)
+    held = [replace(layout, d_out=-(-layout.d_out // holders)) for layout in layouts]
+    return move_flops(held, site.spec.work, site.spec.config) - look_flops(site)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def move_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> i
     layout = layouts[0]
     samples, size = min(layout.slots(config.max_samples), work.rows), layout.groups * layout.d
     if layout.rank:
-        return _renew_flops(layout, samples) + sum(8 * _size(other) * layout.rank for other in layouts)
+        replaced = layout.stacks * (8 * layout.rank**2 * layout.d + layout.rank**3)  # what weights follow by
+        return learn_flops(layout, samples) + replaced + sum(8 * _size(other) * layout.rank for other in layouts)
     total = 0
     for stacks, m, _ in layout.factor_shapes:
         n = samples * size // (stacks * m)
@@ -67,15 +68,15 @@ def move_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> i
     return total
 
 
-def _renew_flops(layout: Layout, samples: int) -> int:
-    """Count the FLOP of a new V from so many rows, and of what weights are multiplied by to follow it."""
+def learn_flops(layout: Layout, samples: int) -> int:
+    """Count the FLOP of new running moments from so many rows, in a step of the rule `power`."""
     d, rank = layout.d, layout.rank
     rows = samples + rank
     total = 4 * samples * rank * d + 2 * samples * d * min(samples, d)  # z, and its moment
     total += 2 * rows * d * min(rows, d) + EIGENVALUES * min(rows, d) ** 3  # of the sketch and x together
     if rows < d:
         total += 2 * rank * rows * d  # the new sketch
-    return layout.stacks * (total + 8 * rank * rank * d + rank**3)
+    return layout.stacks * total
 
 
 def extra_flops(layouts: Sequence[Layout], work: Work, config: DecorrConfig) -> int:

@@ -7,7 +7,6 @@ two forwards before one backward, checkpointing, skipped steps of a GradScaler, 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,11 +15,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from decorr_fx.runtime.distributed import Exchange, check_same, ranks, start_exchange
-from decorr_fx.runtime.move import Move, group_by_shape, move
+from decorr_fx.runtime.distributed import Exchange, check_same, ranks, share
+from decorr_fx.runtime.move import Move, group_by_shape, group_findings, look, move, take
 from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
 
-_ON_THEIR_WAY: "WeakKeyDictionary[Optimizer, list[Exchange]]" = WeakKeyDictionary()  # while an optimizer steps
+_ON_THEIR_WAY: "WeakKeyDictionary[Optimizer, Exchange]" = WeakKeyDictionary()  # while an optimizer steps
 
 
 @cache
@@ -38,7 +37,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if ranks() > 1 and all(argument is None for argument in given):
         sites = ready_sites(_owned_by(optimizer))
         check_same(sites)
-        _ON_THEIR_WAY[optimizer] = start_exchange([site for site in sites if site.due])
+        _ON_THEIR_WAY[optimizer] = Exchange.start([site for site in sites if site.due])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -52,7 +51,7 @@ def _owned_by(optimizer: Optimizer) -> Iterator[Site]:
     return (site for site in list(LIVE_SITES) if owned.issuperset(id(weight.find()) for weight in site.weights))
 
 
-def step_sites(sites: Iterable[Site], on_their_way: Sequence[Exchange] | None = None) -> None:
+def step_sites(sites: Iterable[Site], on_their_way: Exchange | None = None) -> None:
     """Step the given sites, except those that are paused or have a frozen weight, which could not follow.
 
     Raises:
@@ -79,15 +78,18 @@ def move_recorded(sites: Sequence[Site]) -> None:
         site.forget()
 
 
-def _move_all(sites: Mapping[Site, float], on_their_way: Sequence[Exchange] | None = None) -> None:
+def _move_all(sites: Mapping[Site, float], on_their_way: Exchange | None = None) -> None:
     """Move the R of each site by its step size, on the rows of all ranks."""
+    recorded, divided = {site: site.recorded() for site in sites}, dict[Site, int]()  # by the rank that looks for all
     if ranks() > 1:
-        exchanges = start_exchange(list(sites)) if on_their_way is None else on_their_way
-        recorded = dict(chain.from_iterable(exchange.wait() for exchange in exchanges))
-    else:
-        recorded = {site: site.recorded() for site in sites}
-    for group in group_by_shape(Move(site, recorded[site], decor_lr) for site, decor_lr in sites.items()):
+        exchange = Exchange.start(list(sites)) if on_their_way is None else on_their_way
+        recorded, divided = exchange.wait(), exchange.makers
+    moves = [Move(site, rows, sites[site]) for site, rows in recorded.items()]
+    for group in group_by_shape(one for one in moves if one.site not in divided):
         move(group)
+    found = [one for group in group_by_shape(one for one in moves if one.site in divided) for one in look(group)]
+    for steps in group_findings(share(found, divided) if divided else []):
+        take(steps)
 
 
 def ready_sites(sites: Iterable[Site]) -> list[Site]:

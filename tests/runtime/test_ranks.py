@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import decorr_fx
 from decorr_fx import DecorrConfig, DistributedError
-from decorr_fx.runtime.distributed import exchanged_bytes
+from decorr_fx.runtime.divide import exchanged_bytes, is_divided
 from decorr_fx.runtime.state import sites_of
 
 ROWS = 6  # of a rank in a step: all ranks together have fewer than R steps on
@@ -67,7 +68,8 @@ def test_R_is_the_same_bit_by_bit_after_200_steps() -> None:
 @distributed_test(world_size=[1, 2, 4])
 def test_ranks_learn_what_one_rank_learns_from_all_their_batches() -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    configs = [DecorrConfig(), DecorrConfig(rule="dbp", center=True), DecorrConfig(rule="crgd")]
+    rules = [DecorrConfig(center=True), DecorrConfig(rule="dbp", center=True), DecorrConfig(rule="crgd")]
+    configs = [DecorrConfig(), *rules]
     together = [decorr_fx.transform(network(), config) for config in configs]
     for model in together:
         train(DistributedDataParallel(model), batches(40, rank))
@@ -81,6 +83,29 @@ def test_ranks_learn_what_one_rank_learns_from_all_their_batches() -> None:
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=key)
         x = joined[0]
         torch.testing.assert_close(model.eval()(x), alone.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@distributed_test(world_size=[2, 4])
+def test_layers_of_which_one_rank_looks_at_the_rows_and_layers_at_which_all_do() -> None:
+    few, small = DecorrConfig(max_samples=2, rank=6), DecorrConfig(rule="dbp")
+    model = decorr_fx.transform(network(), overrides={"3": few, "5": small})
+    assert [is_divided(site, dist.get_world_size()) for site in sites_of(model)] == [True, False, False]
+    train(DistributedDataParallel(model), batches(20, dist.get_rank()))
+    assert_equal_on_all_ranks(model)
+    assert all(site.steps > 10 and site.refused == 0 for site in decorr_fx.stats(model))
+
+
+@distributed_test(world_size=[2])
+def test_rows_of_one_rank_that_are_not_finite_are_refused_on_all() -> None:
+    model = decorr_fx.transform(network())
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    wrapped(batches(1, dist.get_rank())[0]).square().mean().backward()
+    if dist.get_rank() == 1:
+        model[3].weight_decorr.rows[0, 0] = torch.nan
+    optimizer.step()
+    assert_equal_on_all_ranks(model)
+    assert [(site.steps, site.refused) for site in decorr_fx.stats(model)] == [(1, 0), (0, 1), (1, 0)]
 
 
 class Sometimes(nn.Module):
@@ -214,40 +239,84 @@ def test_sharded_weights_follow_as_whole_ones_do_and_fold_when_gathered() -> Non
 
 
 @contextmanager
-def bytes_summed() -> Iterator[list[int]]:
-    """Count the bytes of every sum over ranks that is asked for by name, which those of gradients are not."""
-    counts, original = [], dist.all_reduce
+def bytes_sent() -> Iterator[list[float]]:
+    """Count what this rank sends in each message that is asked for by name, which those of gradients are not.
 
-    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        counts.append(tensor.nbytes)
-        return original(tensor, *args, **kwargs)
+    A broadcast counts for the rank that it starts from; the fingerprints of R, which are sent once, do not count.
+    """
+    counts: list[float] = []
+    names = ("all_reduce", "all_to_all_single", "broadcast")
+    originals = {name: getattr(dist, name) for name in names}
+    rank, others = dist.get_rank(), dist.get_world_size() - 1
 
-    dist.all_reduce = counting
+    def reducing(tensor: Tensor, **kwargs: Any) -> Any:
+        counts.append(2 * tensor.nbytes * others / (others + 1))
+        return originals["all_reduce"](tensor, **kwargs)
+
+    def dealing(into: Tensor, given: Tensor, received: list[int], sent: list[int], **kwargs: Any) -> Any:
+        counts.append(given.element_size() * (sum(sent) - sent[rank]))
+        return originals["all_to_all_single"](into, given, received, sent, **kwargs)
+
+    def telling(tensor: Tensor, source: int, **kwargs: Any) -> Any:
+        counts.append(tensor.nbytes * others if source == rank else 0)
+        return originals["broadcast"](tensor, source, **kwargs)
+
+    for name, counting in zip(names, (reducing, dealing, telling), strict=True):
+        setattr(dist, name, counting)
     try:
         yield counts
     finally:
-        dist.all_reduce = original
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def over_ranks(number: float, how: Any) -> float:
+    tensor = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(tensor, how)
+    return tensor.item()
+
+
+WIDTHS = (20, 8, 20, 8, 4)  # of the layers of a model, from first to last
+K, N = 3, 8  # rank, and rows
+
+
+def learn_flops(d: int) -> int:
+    """Count as docs/scaling.md does, but for eigenvalues, which torch does not count either."""
+    sketch = 2 * K * (N + K) * d if d > N + K else 0
+    return 4 * N * K * d + 2 * N * d * min(N, d) + 2 * (N + K) * d * min(N + K, d) + sketch
+
+
+def busiest(ranks: int, sharded: bool) -> float:
+    """Return the FLOP of the rank that has most to do: of two layers of 20 features and two of 8."""
+    share = {1: [20, 20, 8, 8], 2: [20, 8], 4: [20]}[ranks]
+    follow = [8 * K * K * d + 8 * o * d * K / (ranks if sharded else 1) for d, o in pairwise(WIDTHS)]
+    return sum(map(learn_flops, share)) + sum(follow)
 
 
 @distributed_test(world_size=[1, 2, 4])
 def test_a_step_of_R_sends_and_computes_what_docs_scaling_says() -> None:
-    ranks, config = dist.get_world_size(), DecorrConfig(rank=3, max_samples=8)
-    model = decorr_fx.transform(nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 4)), config)
-    fully_shard(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.randn(16, 20)).square().mean().backward()
-    sites = list(sites_of(model))
-    with bytes_summed() as sent, FlopCounterMode(display=False) as flops:
-        optimizer.step()
-    assert (
-        sum(sent) == (sum(4 * 8 * (d + 1) for d in (20, 8)) if ranks > 1 else 0) == exchanged_bytes(sites) * (ranks > 1)
-    )
-    counted = 0
-    for d, o in ((20, 8 / ranks), (8, 4 / ranks)):
-        rows = min(8 + 3, d)
-        counted += 4 * 8 * 3 * d + 2 * 8 * d * 8 + 2 * (8 + 3) * d * rows + (2 * 3 * (8 + 3) * d if d > 8 + 3 else 0)
-        counted += 8 * 3 * 3 * d + 8 * o * d * 3
-    assert flops.get_total_flops() == counted
+    ranks = dist.get_world_size()
+    for wrap in (DistributedDataParallel, fully_shard):
+        layers = [nn.Linear(d, o) for d, o in pairwise(WIDTHS)]
+        model = decorr_fx.transform(nn.Sequential(*layers), DecorrConfig(rank=K, max_samples=N))
+        wrapped = wrap(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapped(torch.randn(16, 20)).square().mean().backward()
+        sites = list(sites_of(model))
+        with bytes_sent() as sent, FlopCounterMode(display=False) as flops:
+            optimizer.step()
+        numbers = sum(N * (d + 1) / ranks + K * d + 1 + 3 for d in WIDTHS[:-1])
+        found = over_ranks(sum(sent), dist.ReduceOp.SUM) / ranks
+        assert found == 4 * numbers * (ranks - 1) / ranks == exchanged_bytes(sites, ranks)
+        most = over_ranks(flops.get_total_flops(), dist.ReduceOp.MAX)
+        assert most == busiest(ranks, sharded=wrap is fully_shard)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_work_of_a_rank_falls_with_the_number_of_ranks(sharded: bool) -> None:
+    """By the numbers that the test above holds real processes to."""
+    one, two, four = (busiest(ranks, sharded) for ranks in (1, 2, 4))
+    assert two < 0.7 * one and four < 0.9 * two
 
 
 def sharded_packed() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -334,10 +403,10 @@ def test_ddp_around_a_module_that_holds_a_transformed_one_leaves_its_buffers_alo
     assert not [m for m in plain.modules() if hasattr(m, "_ddp_params_and_buffers_to_ignore")]
 
 
-def test_what_is_sent_for_a_resnet50_is_little_beside_its_gradients() -> None:
+@pytest.mark.parametrize("ranks", [2, 4, 8, 1024])
+def test_what_is_sent_for_a_resnet50_is_little_beside_its_gradients(ranks: int) -> None:
     plain = torchvision.models.resnet50()
-    gradients = sum(p.nbytes for p in plain.parameters())
+    gradients = 2 * sum(p.nbytes for p in plain.parameters()) * (ranks - 1) / ranks
     sites = list(sites_of(decorr_fx.transform(plain)))
-    every = DecorrConfig().update_every
-    assert exchanged_bytes(sites) / every < 0.02 * gradients
-    assert exchanged_bytes(sites) < 0.3 * gradients  # at each of the first steps
+    assert exchanged_bytes(sites, ranks) < 0.1 * gradients  # at each of the first steps
+    assert exchanged_bytes(sites, ranks) / DecorrConfig().update_every < 0.005 * gradients
