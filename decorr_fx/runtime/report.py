@@ -10,6 +10,8 @@ from tabulate import tabulate
 from torch import nn
 
 from decorr_fx.ops.cost import REFERENCE_BATCH, apply_flops, move_flops, own_flops
+from decorr_fx.runtime.distributed import ranks
+from decorr_fx.runtime.divide import makers
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.state import Site, sites_of
 
@@ -31,6 +33,8 @@ class SiteRecord:
         cost: the same as a part of the layer's own FLOP, of forward and backward.
         shares_with: fqn of the layer with the same input whose R this one uses; empty if it has its own.
         note: what differs from the settings, if anything.
+        made_by: of several ranks the one that looks at the rows of this R for all, where one optimizer owns the model's
+            weights; None where all ranks do, or there is one. Only of a transformed model.
     """
 
     fqn: str
@@ -45,11 +49,17 @@ class SiteRecord:
     cost: float
     shares_with: str = ""
     note: str = ""
+    made_by: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Bytes of R, of its rows, and of the folded weight."""
         return self.bytes, self.row_bytes, self.folded_bytes
+
+    @property
+    def maker(self) -> str:
+        """What the table says of `made_by`."""
+        return "all" if self.made_by is None else str(self.made_by)
 
     @property
     def remark(self) -> str:
@@ -58,7 +68,7 @@ class SiteRecord:
         return "; ".join(part for part in (shared, self.note) if part)
 
 
-def describe(spec: SiteSpec, element_size: int) -> Iterator[SiteRecord]:
+def describe(spec: SiteSpec, element_size: int, made_by: int | None = None) -> Iterator[SiteRecord]:
     """Yield one record a layer of a site; `element_size` is the bytes of one number of R."""
     layouts = [weight.layout for weight in spec.weights]
     moves = move_flops(layouts, spec.work, spec.config) // spec.config.update_every
@@ -79,6 +89,7 @@ def describe(spec: SiteSpec, element_size: int) -> Iterator[SiteRecord]:
             cost=flops / own_flops([layout], spec.work),
             shares_with="" if leads else spec.fqn,
             note="not centred: no bias of its own" if spec.config.center and not weight.centered else "",
+            made_by=made_by,
         )
 
 
@@ -106,26 +117,18 @@ class Report:
 
     def __str__(self) -> str:
         """Return the table."""
+        divided = any(site.made_by is not None for site in self.sites)
         rows = [
             [
                 s.fqn or "(root)", s.kind, s.d, s.groups, s.structure, *(f"{size / 1024:,.0f}" for size in s.sizes),
-                f"{s.flops / 1e6:,.2f}", f"{100 * s.cost:.1f}", s.remark,
+                f"{s.flops / 1e6:,.2f}", f"{100 * s.cost:.1f}", *([s.maker] if divided else []), s.remark,
             ]
             for s in self.sites
         ]  # fmt: skip
         headers = [
-            "layer",
-            "kind",
-            "d",
-            "groups",
-            "R",
-            "KiB of R",
-            "of rows",
-            "of W R",
-            "MFLOP a step",
-            "% of own",
-            "note",
-        ]
+            "layer", "kind", "d", "groups", "R", "KiB of R", "of rows", "of W R", "MFLOP a step", "% of own",
+            *(["made by rank"] if divided else []), "note",
+        ]  # fmt: skip
         parts = [tabulate(rows, headers, disable_numparse=True), self._total()]
         if self.skipped:
             left = [[s.fqn or "(root)", s.kind, s.reason] for s in self.skipped]
@@ -188,8 +191,11 @@ class Stats(tuple[SiteStats, ...]):
 
 def site_records(model: nn.Module) -> Iterator[SiteRecord]:
     """Yield one record a decorrelated layer of a transformed model."""
-    for site in sites_of(model):
-        yield from describe(site.spec, site.rows.element_size())
+    sites = list(sites_of(model))
+    moving = [site for site in sites if all((p := w.find()) is not None and p.requires_grad for w in site.weights)]
+    maker = makers(moving, ranks())
+    for site in sites:
+        yield from describe(site.spec, site.rows.element_size(), maker.get(site))
 
 
 def collect_stats(sites: Iterable[Site]) -> Stats:

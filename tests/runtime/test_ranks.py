@@ -95,6 +95,19 @@ def test_layers_of_which_one_rank_looks_at_the_rows_and_layers_at_which_all_do()
     assert all(site.steps > 10 and site.refused == 0 for site in decorr_fx.stats(model))
 
 
+@distributed_test(world_size=[1, 2])
+def test_report_says_which_rank_makes_what() -> None:
+    model = decorr_fx.transform(network(), overrides={"5": DecorrConfig(rule="dbp")})
+    report = decorr_fx.report(model)
+    if dist.get_world_size() == 1:
+        assert [site.made_by for site in report.sites] == [None] * 3 and "made by" not in str(report)
+        return
+    assert [site.made_by for site in report.sites] == [0, 1, None]
+    assert [line.split()[-1] for line in str(report).splitlines()[2:5]] == ["0", "1", "all"]
+    model[0].weight.requires_grad_(False)
+    assert [site.made_by for site in decorr_fx.report(model).sites] == [None, 0, None]
+
+
 @distributed_test(world_size=[2])
 def test_rows_of_one_rank_that_are_not_finite_are_refused_on_all() -> None:
     model = decorr_fx.transform(network())
@@ -289,8 +302,12 @@ def learn_flops(d: int) -> int:
 def busiest(ranks: int, sharded: bool) -> float:
     """Return the FLOP of the rank that has most to do: of two layers of 20 features and two of 8."""
     share = {1: [20, 20, 8, 8], 2: [20, 8], 4: [20]}[ranks]
-    follow = [8 * K * K * d + 8 * o * d * K / (ranks if sharded else 1) for d, o in pairwise(WIDTHS)]
-    return sum(map(learn_flops, share)) + sum(follow)
+    return sum(map(learn_flops, share)) + follow_flops(ranks if sharded else 1)
+
+
+def follow_flops(holders: int) -> float:
+    """Count V and the weights of all layers, of which each rank holds a part, as docs/scaling.md does."""
+    return sum(8 * K * K * d + 8 * o * d * K / holders for d, o in pairwise(WIDTHS))
 
 
 @distributed_test(world_size=[1, 2, 4])
@@ -308,6 +325,9 @@ def test_a_step_of_R_sends_and_computes_what_docs_scaling_says() -> None:
         numbers = sum(N * (d + 1) / ranks + K * d + 1 + 3 for d in WIDTHS[:-1])
         found = over_ranks(sum(sent), dist.ReduceOp.SUM) / ranks
         assert found == 4 * numbers * (ranks - 1) / ranks == exchanged_bytes(sites, ranks)
+        looked = [site.d for site in decorr_fx.report(model).sites if site.made_by in (None, dist.get_rank())]
+        holders = ranks if wrap is fully_shard else 1
+        assert flops.get_total_flops() == sum(map(learn_flops, looked)) + follow_flops(holders)
         most = over_ranks(flops.get_total_flops(), dist.ReduceOp.MAX)
         assert most == busiest(ranks, sharded=wrap is fully_shard)
 
