@@ -58,6 +58,11 @@ class Replacement:
     moments: Sequence[Tensor]
     following: Following
 
+    @property
+    def carriers(self) -> tuple[Tensor]:
+        """What is not finite where R cannot be inverted."""
+        return (self.following.added,)
+
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
         """Return `W R_old R_new^-1` for the stacked weight of one of the sites that took the step together."""
         each = len(self.factors[0]) // sites

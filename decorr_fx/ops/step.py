@@ -27,6 +27,10 @@ class Step(Protocol):
     def moments(self) -> Sequence[Tensor]:
         """The new running moments; none where the rule keeps none."""
 
+    @property
+    def carriers(self) -> Sequence[Tensor]:
+        """What weights are multiplied by to follow, `[stacks, ...]`, where it may not be finite though the rest is."""
+
     def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
         """Return the stacked weight `[stacks, d_out, *modes]` such that `W R` is what it was before the step.
 
@@ -41,6 +45,7 @@ class SmallStep:
     factors: list[Tensor]
     transitions: Sequence[Transition]
     moments: tuple[Tensor, ...] = ()
+    carriers: tuple[Tensor, ...] = ()  # a transition is well conditioned
 
     @property
     def of_z(self) -> list[Moment]:

@@ -34,13 +34,16 @@ def take_step(sites: Sequence[Site], step: Step, means: list[Tensor] | None, fou
         found: correlation and variance error of each site, `[sites, 2]`.
         seen: how many rows each site had, `[sites]`.
     """
-    updates = [Update([s.factors[i] for s in sites], split(f, sites)) for i, f in enumerate(step.factors)]
-    updates += [Update([s.moments[i] for s in sites], split(m, sites)) for i, m in enumerate(step.moments)]
+    moved = [Update([s.factors[i] for s in sites], split(f, sites)) for i, f in enumerate(step.factors)]
+    moved += [Update([s.moments[i] for s in sites], split(m, sites)) for i, m in enumerate(step.moments)]
     if means is not None:
-        updates.append(Update([site.mean for site in sites], means))
-    if sites[0].spec.config.preserve_function:
-        updates += _followers(sites, step, means)
-    _commit(sites, updates, found, seen > 0)
+        moved.append(Update([site.mean for site in sites], means))
+    followers = list(_followers(sites, step, means)) if sites[0].spec.config.preserve_function else []
+    if any(site.sharded for site in sites):  # no rank may refuse for what others do not hold: R would not be the same
+        to_check = [update.new for update in moved] + [split(tensor, sites) for tensor in step.carriers]
+    else:
+        to_check = [update.new for update in (*moved, *followers)]
+    _commit(sites, [*moved, *followers], to_check, found, seen > 0)
 
 
 def split(stacked: Tensor, sites: Sequence[Site]) -> list[Tensor]:
@@ -75,10 +78,12 @@ def _shift(site: Site, index: int, mean: Tensor) -> Tensor:
     return output_of_mean(fold_weight(W, site.factors, layout), mean - site.mean, layout)
 
 
-def _commit(sites: Sequence[Site], updates: list[Update], found: Tensor, recorded: Tensor) -> None:
+def _commit(
+    sites: Sequence[Site], updates: list[Update], to_check: list[list[Tensor]], found: Tensor, recorded: Tensor
+) -> None:
     # a sum is finite if what it adds up is: numbers near the largest one of a type are as good as infinite
-    sums = torch.stack([new.sum() for update in updates for new in update.new])
-    finite = sums.isfinite().reshape(len(updates), -1).all(0)
+    sums = torch.stack([tensor.sum() for of_sites in to_check for tensor in of_sites])
+    finite = sums.isfinite().reshape(len(to_check), -1).all(0)
     accepted = recorded & finite
     for i, site in enumerate(sites):
         for update in updates:

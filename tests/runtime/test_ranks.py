@@ -122,11 +122,11 @@ def test_rows_of_one_rank_that_are_not_finite_are_refused_on_all() -> None:
 
 
 class Sometimes(nn.Module):
-    """A layer that one rank alone uses."""
+    """A layer that one rank alone uses, and one that none uses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.always, self.sometimes = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.always, self.sometimes, self.never = (nn.Linear(4, 4) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.always(x)
@@ -144,7 +144,7 @@ def test_accumulated_rows_and_layers_that_one_rank_alone_uses() -> None:
         wrapped(torch.randn(5, 4)).square().mean().backward()
         optimizer.step()
     assert_equal_on_all_ranks(model)
-    assert [site.steps for site in decorr_fx.stats(model)] == [3, 3]
+    assert [(site.steps, site.refused) for site in decorr_fx.stats(model)] == [(3, 0), (3, 0), (0, 0)]
 
 
 @distributed_test(world_size=[2])
@@ -337,6 +337,22 @@ def test_the_work_of_a_rank_falls_with_the_number_of_ranks(sharded: bool) -> Non
     """By the numbers that the test above holds real processes to."""
     one, two, four = (busiest(ranks, sharded) for ranks in (1, 2, 4))
     assert two < 0.7 * one and four < 0.9 * two
+
+
+@distributed_test(world_size=[2])
+def test_a_weight_that_is_not_finite_on_one_rank_leaves_R_the_same_on_all() -> None:
+    model, optimizer = sharded_packed()
+    model(torch.randn(4, 3, 6)).square().mean().backward()
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.first.weight.to_local()[0, 0] = torch.inf
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        if "_decorr" in key:
+            first = value.clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(value, first), key
+    assert {site.steps for site in decorr_fx.stats(model)} == {1}
 
 
 def sharded_packed() -> tuple[nn.Module, torch.optim.Optimizer]:
