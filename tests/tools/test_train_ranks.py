@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,8 +17,31 @@ ROOT = Path(__file__).parent.parent.parent
 QUICK = ["--epochs", "1", "--evaluations", "2", "--model", "mlp"]
 
 
-def start(out: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "tools/train.py")]
+INTERRUPTED = f"""
+import sys
+
+sys.path.insert(0, {str(ROOT / "tools")!r})
+import train
+
+saved, save = [], train.save_checkpoint
+
+
+def save_two(*arguments):
+    save(*arguments)
+    saved.append(arguments)
+    if len(saved) == 2:
+        raise KeyboardInterrupt
+
+
+train.save_checkpoint = save_two
+sys.exit(train.main())
+"""
+
+
+def start(
+    out: Path, *arguments: str, ranks: int = 2, script: Path = ROOT / "tools/train.py"
+) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(script)]
     command += [*arguments, "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -36,9 +60,17 @@ def wait_for(path: Path, launcher: "subprocess.Popen[str]") -> None:
     raise AssertionError(f"{path.name} did not appear")
 
 
-def results(out: Path) -> dict[str, dict[str, float]]:
+def lines_of(out: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["method"]: line for line in lines if line["kind"] == "result"}
+    return [line for line in lines if line["kind"] == kind]
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    return {line["method"]: line for line in lines_of(out, "result")}
+
+
+def evaluations(out: Path) -> dict[tuple[str, int], float]:
+    return {(line["method"], line["step"]): line["val_loss"] for line in lines_of(out, "evaluation")}
 
 
 def test_two_ranks_share_each_batch_and_learn_what_one_learns(tmp_path: Path) -> None:
@@ -53,6 +85,24 @@ def test_two_ranks_share_each_batch_and_learn_what_one_learns(tmp_path: Path) ->
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
         "metrics.jsonl", "curves.png", "correlations.png", "model.onnx", "checkpoint.pt"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
+    (script := tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    out = tmp_path / "out"
+    launcher = start(out, *QUICK, ranks=before, script=script)
+    launcher.communicate(timeout=240)
+    first = evaluations(out)
+    launcher = start(out, *QUICK, "--resume", ranks=after)
+    _, error = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, error
+    assert main([*QUICK, "--out", str(tmp_path / "whole")]) == 0
+    found, expected = evaluations(out), evaluations(tmp_path / "whole")
+    assert first.items() < found.items() and found.keys() == expected.keys()
+    for evaluation, loss in found.items():
+        close = 1e-4 if evaluation[0] == "bp" else 0.05  # R steps on other rows
+        assert loss == pytest.approx(expected[evaluation], rel=close), evaluation
 
 
 @pytest.mark.parametrize(
