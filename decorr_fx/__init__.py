@@ -1,6 +1,6 @@
 """Decorrelated backpropagation for PyTorch: faster learning, and a plain model at the end."""
 
-from decorr_fx.api import calibrate, export_onnx, fold, paused, report, stats, step, transform
+from decorr_fx.api import calibrate, export_onnx, fold, paused, prune, report, stats, step, transform
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import (
     CheckpointError,
@@ -13,8 +13,11 @@ from decorr_fx.errors import (
     NotTransformedError,
     PassError,
 )
+from decorr_fx.ops.subspace import Units
 from decorr_fx.passes.adapters import register_layer
 from decorr_fx.passes.export import ExportReport
+from decorr_fx.passes.prune_report import GroupRecord, PruneReport, PruneResult, Size
+from decorr_fx.passes.units import LeftAlone
 from decorr_fx.runtime.report import Report, SiteRecord, SiteStats, SkippedRecord, Stats
 
 __version__ = "0.1.0"
@@ -27,19 +30,26 @@ __all__ = [
     "DistributedError",
     "ExportError",
     "ExportReport",
+    "GroupRecord",
     "LayerError",
+    "LeftAlone",
     "ModelError",
     "NotTransformedError",
     "PassError",
+    "PruneReport",
+    "PruneResult",
     "Report",
     "SiteRecord",
     "SiteStats",
+    "Size",
     "SkippedRecord",
     "Stats",
+    "Units",
     "calibrate",
     "export_onnx",
     "fold",
     "paused",
+    "prune",
     "register_layer",
     "report",
     "stats",

@@ -10,6 +10,7 @@ from torch import nn
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import ConfigError, ModelError, NotTransformedError
+from decorr_fx.ops.orders import Order
 from decorr_fx.passes.base import copy_model
 from decorr_fx.passes.calibrate import calibrate_sites
 from decorr_fx.passes.check import check_model
@@ -20,6 +21,8 @@ from decorr_fx.passes.fold import FoldDecorrelation
 from decorr_fx.passes.insert import InsertDecorrelation
 from decorr_fx.passes.measure import measure_works
 from decorr_fx.passes.plan import Plan, make_plan
+from decorr_fx.passes.prune import Measure, PruneSettings, PruneUnits, Weighting
+from decorr_fx.passes.prune_report import PruneResult
 from decorr_fx.runtime import stepper
 from decorr_fx.runtime.attachment import skipped_of
 from decorr_fx.runtime.report import Report, Stats, collect_stats, describe, site_records
@@ -131,6 +134,60 @@ def export_onnx(
     plain = FoldDecorrelation()(model) if transformed else copy_model(model, shared=[])
     plain.eval()  # which a user's own train() may let return None
     return ExportOnnx(Path(path), Example.of(example_inputs), dynamic_batch, verify)(plain)
+
+
+def prune(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    keep: float = 0.5,
+    measure: Measure = "macs",
+    order: str | Order = "backward",
+    weighting: Weighting = "output",
+    example_inputs: Any,
+    round_to: int = 1,
+    min_units: int = 1,
+    residual_streams: bool = False,
+    filter_fn: Filter | None = None,
+) -> PruneResult:
+    """Return a smaller copy of a trained model: units are removed, and what they told is folded into their readers.
+
+    A unit is an output channel of a convolution or an output feature of a linear. Its readers, the next layers, get the
+    weights that are best, in least squares, for the units that are left, by the second moments of what they read. How
+    many units each layer keeps follows from one threshold for all, set so that the budget is met. Statistics of
+    BatchNorm are estimated anew. The model is not changed; the result is an ordinary model of the same class with
+    smaller layers: fine-tune it, transform it, export it. Source: subspace node pruning, arXiv 2405.17506.
+
+    Args:
+        model: a plain, trained model; `fold` a transformed one first. Graphs are made by `torch.export`.
+        calibration: what the model is called with, without labels: batches, each a tensor, a tuple of positional
+            arguments, or a dict of keyword arguments. Training examples will do, and more rows than there are units in
+            any layer are needed. Run twice where there is BatchNorm: a list or a loader, not a generator.
+        keep: the part of the model that is to stay, in (0, 1]; met to within a unit, from below.
+        measure: of what: `macs`, multiply-adds of convs and linears for an example like `example_inputs`, or `params`.
+        order: which units go first. `backward`: one after another that whose removal costs the readers least; `zca`:
+            those with the least `1 / [C^-1/2]_ii^2`, C the second moment of the units; `loo`: `1 / [C^-1]_ii`, what the
+            others do not tell; `variance`: `C_ii`; `l1`: the L1 norm of the weights that make them; `random`; or a
+            function of `Units` that returns a score for each, of which the largest are kept.
+        weighting: what the threshold is of: `output`, the squared error of the readers' outputs, or `variance`, the
+            second moment of the units that the kept ones do not tell.
+        example_inputs: what the model is called with; dimension 0 of each tensor is the batch.
+        round_to: layers keep multiples of it, or all of their units; some devices are faster then.
+        min_units: no layer keeps fewer, unless it has fewer.
+        residual_streams: cut units that are sums of what several layers made, too, all in the same places.
+        filter_fn: called with (module, fqn) of each layer; its units all stay where it returns False.
+
+    Raises:
+        ConfigError: a setting is wrong, or the budget cannot be met: it says the smallest that can.
+        ModelError: the model is transformed, cannot be exported, has no units to remove, or does not run; or
+            there is no batch.
+        LayerError: a layer reads what is not finite, or fewer rows than it has units.
+    """
+    settings = PruneSettings(
+        keep=keep, measure=measure, order=order, weighting=weighting, round_to=round_to, min_units=min_units,
+        residual_streams=residual_streams, filter_fn=filter_fn,
+    )  # fmt: skip
+    return PruneUnits(calibration, Example.of(example_inputs), settings)(_unwrapped(model))
 
 
 def report(

@@ -47,9 +47,16 @@ PASSES = {
     "calibrate": {"base", "example"},
     "measure": {"base", "choose", "example", "plan", "insert"},
     "export": {"base", "example"},
+    "units": set(),
+    "aten": set(),
+    "follow": {"aten", "example", "units"},
+    "moments": {"example", "units"},
+    "slicing": {"moments", "units"},
+    "prune_report": {"units"},
+    "prune": {"base", "choose", "example", "follow", "moments", "prune_report", "slicing", "units"},
 }
 FORBIDDEN = {"ops": {"torch.fx", "torch.distributed", "onnx"}, "runtime": {"torch.fx", "onnx"}}
-THIRD_PARTY = {"runtime": {"tabulate"}, "passes": {"onnx", "onnxruntime", "onnxscript"}}
+THIRD_PARTY = {"runtime": {"tabulate"}, "passes": {"onnx", "onnxruntime", "onnxscript", "tabulate", "tqdm"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -20,7 +20,7 @@ from study_clock import clocks_of, timing_line
 from study_grid import Race, Run, Study, read_study
 from study_pool import perform_all
 from study_report import draw, goal_table, markdown_table
-from study_run import Results
+from study_run import Results, perform
 from study_summary import chosen_rates, collect, summarise
 from study_time import time_runs
 from study_workloads import WORKLOADS
@@ -93,7 +93,7 @@ def _perform(runs: Sequence[Run], results: Results, jobs: int) -> None:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(missing))
-        for line in perform_all(missing, jobs):
+        for line in perform_all(perform, missing, jobs):
             results.append(line)
             progress.update(bar, advance=1, description=f"{line['run']['workload']} {line['run']['method']}")
 

@@ -2,18 +2,18 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from study_grid import Run
-from study_run import perform
+
+Run = TypeVar("Run")
 
 
-def perform_all(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
-    """Yield what each run gave, as they end; what still waits is dropped where the caller stops."""
+def perform_all(perform: Callable[[Run], dict[str, Any]], runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
+    """Yield what `perform` made of each run, as they end; what still waits is dropped where the caller stops."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, initializer=_begin)
     try:

@@ -163,3 +163,14 @@ def retreat_rows(W: Tensor, T_blocks: Sequence[Tensor], T_taps: Tensor | None = 
     """Return `W T^-1` for rows `W [o, d]`: with `R <- T R`, the product W R stands still."""
     inverse: Tensor = torch.linalg.inv(dense(T_blocks, T_taps))
     return W @ inverse
+
+
+def fold_removed(W: Tensor, x: Tensor, kept: Sequence[int]) -> Tensor:
+    """Return the weight of a reader `W [o, n]` on the kept units alone: least squares of `W x`, `x [rows, n]`."""
+    solution: Tensor = torch.linalg.lstsq(x[:, list(kept)], x @ W.T).solution
+    return solution.T
+
+
+def reader_error(W: Tensor, x: Tensor, kept: Sequence[int]) -> Tensor:
+    """Return the mean over rows of the squared error of a reader's outputs, on the kept units alone."""
+    return (x @ W.T - x[:, list(kept)] @ fold_removed(W, x, kept).T).square().sum(1).mean()
