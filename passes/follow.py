@@ -7,14 +7,15 @@ any other one the units stay.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from decorr_fx.errors import ModelError
 from decorr_fx.ops.cut import Axis, Segment
 from decorr_fx.passes.aten import Call, order_after, place_after, shape_of
-from decorr_fx.passes.example import Example
+from decorr_fx.passes.example import Example, tensors_in
 from decorr_fx.passes.units import Group, Groups, Role, Slice, UnitGroups
 
 POINTWISE = frozenset({
@@ -51,7 +52,7 @@ def find_units(model: nn.Module, example: Example, refuse: Callable[[Group], str
         ModelError: the model cannot be exported as one graph.
     """
     try:
-        program = torch.export.export(model, example.args, example.kwargs, strict=False)
+        program = torch.export.export(_TensorsOf(model), example.args, example.kwargs, strict=False)
     except Exception as error:  # whatever the user's code makes of being exported
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(
@@ -59,10 +60,21 @@ def find_units(model: nn.Module, example: Example, refuse: Callable[[Group], str
         ) from error
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    follower = _Follower(names, example.batch_size)
+    follower = _Follower({node: name.removeprefix("model.") for node, name in names.items()}, example.batch_size)
     follower.follow(program.graph)
     follower.groups.fix_shared(_tied(model))
     return follower.groups.found(follower.works, refuse)
+
+
+class _TensorsOf(nn.Module):
+    """A model that gives its output tensors alone: caches of keys and values are of types that cannot be exported."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return tensors_in(self.model(*args, **kwargs))
 
 
 def _tied(model: nn.Module) -> set[str]:

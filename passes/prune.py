@@ -101,7 +101,8 @@ class PruneUnits(Pass[PruneResult]):
             raise ModelError(f"{type(model).__name__} has no units that can be removed. {reasons}")
         readers = list(found.readers())
         moments = collect_moments(small, readers, self.calibration)
-        units = [self._units(small, found, index, moments) for index in range(len(found.groups))]
+        tensors = small.state_dict()
+        units = [self._units(tensors, found, index, moments) for index in range(len(found.groups))]
         orders = [self.settings.score(of_group).argsort(descending=True, stable=True) for of_group in units]
         cut = self._cut(small, found, units, orders)
         kept = [order[:count].sort().values for order, count in zip(orders, cut.kept, strict=True)]
@@ -132,13 +133,15 @@ class PruneUnits(Pass[PruneResult]):
             return "its units are added to those of other layers; residual_streams=True cuts such streams, too"
         return ""
 
-    def _units(self, model: nn.Module, found: UnitGroups, index: int, moments: Mapping[str, Moments]) -> Units:
+    def _units(
+        self, tensors: Mapping[str, Tensor], found: UnitGroups, index: int, moments: Mapping[str, Moments]
+    ) -> Units:
         C, W, norms = [], [], torch.zeros(found.groups[index].units, dtype=torch.float64)
         for one in found.slices:
             place = _place(one, index)
             if place is None:
                 continue
-            tensor = model.state_dict()[one.tensor]
+            tensor = tensors[one.tensor]
             if one.role == "reads":
                 C.append(moments[one.tensor].mean[place, place].cpu())
                 W.append(by_unit(tensor, one.dim, one)[..., place].flatten(0, -2).double().cpu())

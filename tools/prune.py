@@ -21,7 +21,7 @@ from arguments import positive_int
 from prune_latency import compare_batches
 from prune_methods import Task, macs
 from prune_nets import NETS
-from prune_report import accuracy_table, draw, latency_table
+from prune_report import accuracy_table, draw, latency_table, short_table
 from prune_run import Job, Run, perform, weights_file
 from prune_train import calibration, load, trained
 from rich.console import Console
@@ -103,7 +103,7 @@ def tell(results: Results, jobs: Sequence[Job], out: Path) -> None:
     """Print the tables, and draw the picture."""
     lines = [line for job in jobs if (line := results.of(job.run)) is not None]
     if lines:
-        print(accuracy_table(lines))
+        print(accuracy_table(lines), short_table(lines), sep="\n\n")
         draw(out / "prune.png", lines)
     if (path := out / "prune-latency.json").exists():
         print("", latency_table(json.loads(path.read_text(encoding="utf-8"))), sep="\n")

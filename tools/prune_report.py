@@ -12,50 +12,83 @@ from tabulate import tabulate
 
 Line = Mapping[str, Any]
 SCOPES = ("by layer", "everywhere")
+MEASURED = ("accuracy", "new_statistics")
 COLOURS = {name: f"C{i}" for i, name in enumerate((OURS, *PEERS))}
 
 
+def short_table(lines: Sequence[Line]) -> str:
+    """Return the table of the budget at which results are trained on: mean and deviation over seeds, in percent.
+
+    Of each peer the better scope, for each column; trained on is the one that validation images chose.
+    """
+    headers = ["network", "method", "right after", "BatchNorm statistics anew", "after an epoch"]
+    return tabulate(list(_short_rows(lines)), headers, tablefmt="github", disable_numparse=True)
+
+
+def _short_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
+    for net in _nets(lines):
+        own = [line for line in lines if line["run"]["net"] == net]
+        yield [net, f"not pruned, n={len(own)}", _spread(line["whole"]["accuracy"] for line in own), "", ""]
+        for method in (OURS, *PEERS):
+            scopes = [[row for _, row in _found(own, own[0]["run"]["tuned"], method, scope)] for scope in SCOPES]
+            tuned = [row["fine_tuned"] for rows in scopes for row in rows if row["fine_tuned"] is not None]
+            best = [max(filter(None, ([row[what] for row in rows] for rows in scopes)), key=mean) for what in MEASURED]
+            yield [net, method, *map(_spread, best), _spread(tuned)]
+
+
 def accuracy_table(lines: Sequence[Line]) -> str:
-    """Return the table of accuracies after pruning: mean and deviation over seeds, in percent."""
+    """Return the table of everything: mean and deviation over seeds, in percent."""
     headers = [
-        "network", "multiply-adds", "method", "units ranked", "parameters", "accuracy",
-        "with new BatchNorm statistics", "after an epoch",
+        "network", "multiply-adds", "method", "units ranked", "parameters", "right after",
+        "BatchNorm statistics anew", "after an epoch",
     ]  # fmt: skip
     return tabulate(list(_rows(lines)), headers, tablefmt="github", disable_numparse=True)
 
 
 def _rows(lines: Sequence[Line]) -> Iterator[list[str]]:
-    for net in dict.fromkeys(line["run"]["net"] for line in lines):
+    for net in _nets(lines):
         own = [line for line in lines if line["run"]["net"] == net]
-        yield [net, "100%", "not pruned", "", "100%", _spread(line["whole"]["accuracy"] for line in own), "", ""]
-        for keep in sorted({row["keep"] for line in own for row in line["pruned"]}, reverse=True):
-            for method, scope in _methods():
-                found = [(line, row) for line in own for row in line["pruned"]
-                         if (row["keep"], row["method"], row["scope"]) == (keep, method, scope)]  # fmt: skip
-                if found:
-                    yield [net, *_row(found, method, scope)]
+        yield [net, "100%", f"not pruned, n={len(own)}", "", "100%", _spread(line["whole"]["accuracy"] for line in own),
+               "", ""]  # fmt: skip
+        for keep in _budgets(own):
+            for method in (OURS, *PEERS):
+                for scope in SCOPES:
+                    if found := _found(own, keep, method, scope):
+                        yield [net, *_row(found, method, scope)]
 
 
 def _row(found: Sequence[tuple[Line, Line]], method: str, scope: str) -> list[str]:
     rows = [row for _, row in found]
     tuned = [row["fine_tuned"] for row in rows if row["fine_tuned"] is not None]
     parts = [mean(row[size] / line["whole"][size] for line, row in found) for size in ("macs", "params")]
+    count = f", n={len(tuned)}" if 0 < len(tuned) < len(rows) else ""
     return [
-        f"{parts[0]:.1%}", method, scope, f"{parts[1]:.0%}", _spread(row["accuracy"] for row in rows),
-        "" if method == OURS else _spread(row["new_statistics"] for row in rows), _spread(tuned),
+        f"{parts[0]:.1%}", method, scope, f"{parts[1]:.0%}", *(_spread(row[what] for row in rows) for what in MEASURED),
+        _spread(tuned) + count,
     ]  # fmt: skip
 
 
-def _methods() -> Iterator[tuple[str, str]]:
-    yield OURS, "everywhere"
-    yield from ((name, scope) for name in PEERS for scope in SCOPES)
+def _nets(lines: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(line["run"]["net"] for line in lines))
+
+
+def _budgets(lines: Sequence[Line]) -> list[float]:
+    return sorted({row["keep"] for line in lines for row in line["pruned"]}, reverse=True)
+
+
+def _found(lines: Sequence[Line], keep: float, method: str, scope: str) -> list[tuple[Line, Line]]:
+    """Return what a method gave at a budget, a row a seed, each with the line that it is of."""
+    wanted = (keep, method, scope)
+    return [
+        (line, row) for line in lines for row in line["pruned"] if (row["keep"], row["method"], row["scope"]) == wanted
+    ]
 
 
 def _spread(values: Iterable[float]) -> str:
     found = [100 * value for value in values]
     if not found:
         return ""
-    return f"{mean(found):.1f}" + (f" ({stdev(found):.1f})" if len(found) > 1 else "") + f", n={len(found)}"
+    return f"{mean(found):.1f}" + (f" ({stdev(found):.1f})" if len(found) > 1 else "")
 
 
 def latency_table(latency: Mapping[str, Sequence[Line]]) -> str:
@@ -74,7 +107,7 @@ def draw(path: Path, lines: Sequence[Line]) -> None:
 
     Of each peer the better scope at each budget; dashed with new BatchNorm statistics.
     """
-    nets = list(dict.fromkeys(line["run"]["net"] for line in lines))
+    nets = _nets(lines)
     figure = Figure(figsize=(5.2 * len(nets), 4.2), layout="constrained")
     axes = figure.subplots(1, len(nets), squeeze=False, sharey=True)[0]
     for ax, net in zip(axes, nets, strict=True):
@@ -98,12 +131,8 @@ def _draw_net(ax: Axes, net: str, lines: Sequence[Line]) -> None:
 
 def _curve(lines: Sequence[Line], method: str, what: str, whole: float) -> tuple[list[float], list[float]]:
     x, y = [100.0], [whole]
-    for keep in sorted({row["keep"] for line in lines for row in line["pruned"]}, reverse=True):
-        best = []
-        for scope in SCOPES:
-            rows = [row[what] for line in lines for row in line["pruned"]
-                    if (row["keep"], row["method"], row["scope"]) == (keep, method, scope)]  # fmt: skip
-            best += [mean(rows)] if rows else []
+    for keep in _budgets(lines):
+        of_scopes = ([row[what] for _, row in _found(lines, keep, method, scope)] for scope in SCOPES)
         x.append(100 * keep)
-        y.append(100 * max(best))
+        y.append(100 * max(map(mean, filter(None, of_scopes))))
     return x, y

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import decorr_fx
 from decorr_fx import ConfigError, LayerError, ModelError, Units
@@ -94,11 +94,11 @@ CASES = {
     ),
     "bert": Case(lambda: BertModel(BertConfig(intermediate_size=24, **TRANSFORMER)), tokens, 1),
     "gpt2": Case(
-        lambda: GPT2Model(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, use_cache=False, eos_token_id=0,
-                                     bos_token_id=0)),
+        lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, eos_token_id=0,
+                                           bos_token_id=0)),
         tokens, 1,
     ),
-    "llama": Case(lambda: LlamaModel(LlamaConfig(intermediate_size=24, use_cache=False, **TRANSFORMER)), tokens, 1),
+    "llama": Case(lambda: LlamaForCausalLM(LlamaConfig(intermediate_size=24, **TRANSFORMER)), tokens, 1),
 }  # fmt: skip
 
 
