@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from prune_methods import Task, macs
 from prune_nets import NETS
 from prune_report import accuracy_table, draw, latency_table, short_table
 from prune_run import Job, Run, perform, weights_file
-from prune_train import calibration, load, trained
+from prune_train import accuracy, calibration, load, trained
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from study_pool import perform_all
@@ -34,6 +34,7 @@ import decorr_fx
 
 RESULTS = Path(__file__).parent / "results"
 INTERRUPTED = 130
+MULTIPLES = (1, 16)  # of which layers keep units, where time is measured: kernels of 16 channels are the fast ones
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,19 +85,25 @@ def run_all(jobs: Sequence[Job], results: Results, processes: int) -> None:
 def write_latency(path: Path, jobs: Sequence[Job]) -> None:
     """Time the networks of the first seed, whole and pruned to the budget of fine-tuning."""
     first = min(job.run.seed for job in jobs)
-    found = {job.run.net: _latency(job) for job in jobs if job.run.seed == first}
+    found = {job.run.net: list(_latency(job)) for job in jobs if job.run.seed == first}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def _latency(job: Job) -> list[dict[str, Any]]:
+def _latency(job: Job) -> Iterator[dict[str, Any]]:
     run = job.run
     data = load(run.data, run.seed)
-    task = Task(
-        trained(run.net, data, run.seed, run.epochs, weights_file(job)), calibration(data, run.seed, run.batches)
-    )
-    small = decorr_fx.prune(task.model, task.images, keep=run.tuned, example_inputs=task.example).model
-    part = macs(small, task.example) / macs(task.model, task.example)
-    return [{**one, "macs": part} for one in compare_batches(task.model, small, task.images[0])]
+    model = trained(run.net, data, run.seed, run.epochs, weights_file(job))
+    task = Task(model, calibration(data, run.seed, run.batches))
+    for multiple in MULTIPLES:
+        small = decorr_fx.prune(
+            model, task.images, keep=run.tuned, round_to=multiple, example_inputs=task.example
+        ).model
+        what = {
+            "round_to": multiple,
+            "macs": macs(small, task.example) / macs(model, task.example),
+            "accuracy": accuracy(small, data, "test"),
+        }
+        yield from ({**what, **one} for one in compare_batches(model, small, task.images[0]))
 
 
 def tell(results: Results, jobs: Sequence[Job], out: Path) -> None:

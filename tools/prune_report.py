@@ -94,11 +94,21 @@ def _spread(values: Iterable[float]) -> str:
 def latency_table(latency: Mapping[str, Sequence[Line]]) -> str:
     """Return the table of times in onnxruntime."""
     rows = [
-        [net, one["batch"], f"{one['whole_ms']:.2f}", f"{one['small_ms']:.2f}",
-         f"{one['ratio']:.2f} ({one['quartiles'][0]:.2f} - {one['quartiles'][1]:.2f})", f"{one['macs']:.2f}"]
+        [net, one["round_to"], f"{one['macs']:.3f}", f"{100 * one['accuracy']:.1f}", one["batch"],
+         f"{one['whole_ms']:.2f}", f"{one['small_ms']:.2f}",
+         f"{one['ratio']:.2f} ({one['quartiles'][0]:.2f} - {one['quartiles'][1]:.2f})"]
         for net, found in latency.items() for one in found
     ]  # fmt: skip
-    headers = ["network", "batch", "whole (ms)", "pruned (ms)", "ratio (quartiles)", "multiply-adds"]
+    headers = [
+        "network",
+        "round_to",
+        "multiply-adds",
+        "accuracy",
+        "batch",
+        "whole (ms)",
+        "pruned (ms)",
+        "ratio (quartiles)",
+    ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 

@@ -14,7 +14,15 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import decorr_fx
 from decorr_fx import ConfigError, LayerError, ModelError, Units
@@ -245,6 +253,16 @@ def test_it_composes_with_every_other_verb(tmp_path: Path) -> None:
         assert session.run(None, {session.get_inputs()[0].name: x[:3].numpy()})[0].shape == (3, 3)
         sizes.append(sum(file.stat().st_size for file in tmp_path.glob(f"{name}.onnx*")))
     assert sizes[1] < sizes[0]
+
+
+def test_batches_of_keyword_arguments() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(intermediate_size=24, **TRANSFORMER)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens()]
+    example = {name: tensor[:1] for name, tensor in batches[0].items()}
+    result = decorr_fx.prune(BertForSequenceClassification(config), batches, keep=0.8, example_inputs=example)
+    assert [g.fqn for g in result.report.groups] == ["bert.encoder.layer.0.intermediate.dense", "bert.pooler.dense"]
+    assert result.model(**batches[0]).logits.shape == (8, 2)
 
 
 class Everything(nn.Module):

@@ -40,10 +40,8 @@ def test_methods_are_compared_at_equal_multiply_adds_and_a_second_call_goes_on(
     monkeypatch.setattr("prune.perform", None)
     assert main(options(tmp_path)) == 0  # with nothing left to run
     assert main([*options(tmp_path), "--latency"]) == 0
-    assert [one["batch"] for one in json.loads((tmp_path / "out" / "prune-latency.json").read_text())["vgg"]] == [
-        1,
-        128,
-    ]
+    timed = json.loads((tmp_path / "out" / "prune-latency.json").read_text())["vgg"]
+    assert [(one["round_to"], one["batch"]) for one in timed] == [(1, 1), (1, 128), (16, 1), (16, 128)]
     assert main([*options(tmp_path), "--table"]) == 0 and "pruned (ms)" in capsys.readouterr().out
 
 
