@@ -1,6 +1,7 @@
 """The README is run as it stands."""
 
 import dataclasses
+import json
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from bench_report import markdown_table as table_of_costs
+from prune_report import accuracy_table, latency_table, short_table
 from study_clock import clocks_of
 from study_grid import read_study
 from study_report import goal_table, markdown_table
@@ -22,7 +24,7 @@ from decorr_fx.passes import adapters
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-QUICKSTART, SETTINGS, MANY_GPUS, GATHER, ADAPTER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+QUICKSTART, SETTINGS, MANY_GPUS, GATHER, PRUNE, ADAPTER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_quickstart_runs_and_is_on_the_first_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +54,14 @@ def test_the_lines_for_many_gpus_run_in_a_process_group(tmp_path: Path) -> None:
         assert torch.equal(gathered["plain"].weight, names["model"].module.weight)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_lines_for_pruning_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, x = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 2)), torch.randn(3, 4)
+    exec(PRUNE, names := {"decorr_fx": decorr_fx, "plain": plain, "batches": [torch.randn(20, 4)], "x": x})
+    assert (tmp_path / "small.onnx").is_file()
+    assert names["result"].model[0].out_features == 4
 
 
 def test_the_adapter_makes_a_site_of_its_layer(
@@ -90,6 +100,14 @@ def test_the_tables_of_learning_are_made_of_the_committed_results() -> None:
     tried, clocks = collect(study.own(lines)), clocks_of(lines, study.methods)
     assert goal_table(tried, clocks) in README
     assert markdown_table(summarise(tried), clocks) in (ROOT / "docs" / "learning.md").read_text()
+
+
+def test_the_tables_of_pruning_are_made_of_the_committed_results() -> None:
+    lines = Results(ROOT / "tools" / "results" / "prune.jsonl").lines
+    latency = json.loads((ROOT / "tools" / "results" / "prune-latency.json").read_text())
+    assert short_table(lines) in README
+    assert accuracy_table(lines) in (details := (ROOT / "docs" / "pruning.md").read_text())
+    assert latency_table(latency) in details
 
 
 def test_the_set_up_lines_are_those_that_ci_runs() -> None:
