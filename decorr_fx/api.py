@@ -25,6 +25,7 @@ from decorr_fx.passes.prune import Measure, PruneSettings, PruneUnits, Weighting
 from decorr_fx.passes.prune_report import PruneResult
 from decorr_fx.runtime import stepper
 from decorr_fx.runtime.attachment import skipped_of
+from decorr_fx.runtime.broadcast import follow_registrations
 from decorr_fx.runtime.report import Report, Stats, collect_stats, describe, site_records
 from decorr_fx.runtime.state import sites_of
 
@@ -63,6 +64,7 @@ def transform(
     """
     plan = _plan(check_model(model), config, example_inputs, filter_fn, overrides)
     stepper.follow_optimizers()
+    follow_registrations()
     return InsertDecorrelation(plan)(model)
 
 

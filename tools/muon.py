@@ -27,6 +27,16 @@ class Muon(Optimizer):
         ]
         self._inner += [AdamW(others, weight_decay=weight_decay)] if others else []
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with that of the optimizers inside."""
+        return {**super().state_dict(), "inner": [optimizer.state_dict() for optimizer in self._inner]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Be what `state_dict` was returned of."""
+        super().load_state_dict({name: part for name, part in state_dict.items() if name != "inner"})
+        for optimizer, state in zip(self._inner, state_dict["inner"], strict=True):
+            optimizer.load_state_dict(state)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; return what `closure` returns, which computes the gradients anew."""

@@ -6,12 +6,15 @@ from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from train_loop import Contender
 from train_settings import Settings, UsageError, first_line
 
-WHERE = frozenset({"out", "data_dir", "download", "workers", "device", "timeout", "resume"})  # not what is trained
+# what reading a file raises that is not a checkpoint of ours
+READING = (OSError, RuntimeError, EOFError, UnpicklingError, BadZipFile, KeyError, TypeError, ValueError)
+WHERE = frozenset({"out", "data_dir", "download", "device", "timeout", "resume"})  # not what is trained
 
 
 def save_checkpoint(path: Path, settings: Settings, contenders: Sequence[Contender]) -> None:
@@ -20,7 +23,7 @@ def save_checkpoint(path: Path, settings: Settings, contenders: Sequence[Contend
     Raises:
         UsageError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")  # one name: what a killed process has left is written over
     whole = {"settings": _trained(settings), "contenders": {one.method: one.state_dict() for one in contenders}}
     try:
         torch.save(whole, temporary)
@@ -39,13 +42,21 @@ def load_checkpoint(path: Path, settings: Settings, contenders: Sequence[Contend
         UsageError: the file cannot be read, or is of a run with other settings.
     """
     try:
+        _check_whole(path)
         whole = torch.load(path, map_location="cpu", weights_only=True)
         before, states = dict(whole["settings"]), dict(whole["contenders"])
-    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+        _check(before, _trained(settings), path)
+        for contender in contenders:
+            contender.load_state_dict(states[contender.method])
+    except READING as error:
         raise UsageError(f"--resume: {path} cannot be read: {first_line(error)}") from None
-    _check(before, _trained(settings), path)
-    for contender in contenders:
-        contender.load_state_dict(states[contender.method])
+
+
+def _check_whole(path: Path) -> None:
+    """Raise ValueError where a number is not what was written: torch reads past the checksums of its own files."""
+    with ZipFile(path) as file:
+        if (damaged := file.testzip()) is not None:
+            raise ValueError(f"{damaged} in it is damaged")
 
 
 def _trained(settings: Settings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from train_ranks import ranks
 from train_settings import UsageError, first_line
 
 Shape = tuple[int, int, int]
@@ -159,7 +160,9 @@ def _make(name: str, shape: Shape, classes: int, batch_norm: bool) -> nn.Module:
 
 def _try(model: nn.Module, shape: Shape, batch: int) -> None:
     with torch.no_grad():
-        deepcopy(model).train()(torch.zeros(batch, *shape))  # a copy: BatchNorm must not remember this
+        output = deepcopy(model).train()(torch.zeros(batch, *shape))  # a copy: BatchNorm must not remember this
+    if ranks() > 1 and not isinstance(output, Tensor):
+        raise UsageError("it has auxiliary outputs, whose layers nobody trains here: use one rank, or another --model")
 
 
 def _suggestion(name: str) -> str:

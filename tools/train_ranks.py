@@ -31,18 +31,19 @@ def joined(timeout: float) -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    if torch.cuda.is_available():
+    if local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group(timeout=timedelta(seconds=timeout))
-    this = f"rank {rank()} of {ranks()}"
+    this = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
     try:
+        dist.init_process_group(timeout=timedelta(seconds=timeout))
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # which has no class of its own for its errors
             raise RankError(f"{this}: another one is gone, or was silent for {timeout:g} seconds") from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def ranks() -> int:

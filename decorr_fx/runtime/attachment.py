@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from decorr_fx.errors import CheckpointError
-from decorr_fx.runtime.broadcast import allow_broadcast, keep_from_broadcast
 from decorr_fx.runtime.report import SkippedRecord
 from decorr_fx.runtime.state import Site
 
@@ -32,15 +31,13 @@ def attach(model: nn.Module, skipped: tuple[SkippedRecord, ...]) -> None:
     """Make `model` the root of a transformed model."""
     handle = model.register_load_state_dict_pre_hook(check_checkpoint)  # type: ignore[no-untyped-call]
     vars(model)[_ATTRIBUTE] = Attachment(skipped, handle)
-    keep_from_broadcast(model)
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`, where it was done, for a model or a module around one."""
+    """Undo `attach`, where it was done."""
     attachment = vars(model).pop(_ATTRIBUTE, None)
     if attachment is not None:
         attachment.checkpoint_check.remove()
-    allow_broadcast(model)
 
 
 def skipped_of(model: nn.Module) -> tuple[SkippedRecord, ...]:

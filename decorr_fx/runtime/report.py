@@ -34,7 +34,8 @@ class SiteRecord:
         shares_with: fqn of the layer with the same input whose R this one uses; empty if it has its own.
         note: what differs from the settings, if anything.
         made_by: of several ranks the one that looks at the rows of this R for all, where one optimizer owns the model's
-            weights; None where all ranks do, or there is one. Only of a transformed model.
+            weights and all have one `update_every`; None where all ranks do, or there is one. Only of a transformed
+            model.
     """
 
     fqn: str

@@ -413,33 +413,32 @@ def test_what_cannot_follow_while_it_is_sharded_is_told() -> None:
     assert all(torch.equal(value, before[key]) for key, value in whole_state(model).items())
 
 
-def test_ddp_leaves_buffers_of_R_alone_until_the_model_is_folded() -> None:
-    plain = network()
+class Task(nn.Module):
+    """A module that holds a model, as a LightningModule does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(model, nn.Softmax(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
+
+
+@distributed_test(world_size=[2])
+def test_ddp_leaves_buffers_of_R_alone_wherever_they_are_and_no_others() -> None:
+    late, plain = Task(network()), network()
+    late.backbone[0] = decorr_fx.transform(late.backbone[0])  # what holds it, holds it by now
+    listed = Task(decorr_fx.transform(network()))
+    listed.backbone.insert(0, nn.BatchNorm1d(3))  # which moves the others on
     plain._ddp_params_and_buffers_to_ignore = ["0.bias"]
-    model = decorr_fx.transform(plain)
-    names = {name for name, _ in model.named_buffers() if "_decorr" in name}
-    assert {"0.bias", *names} <= set(model._ddp_params_and_buffers_to_ignore)
-    assert decorr_fx.fold(model)._ddp_params_and_buffers_to_ignore == ["0.bias"]
-    assert not hasattr(decorr_fx.fold(decorr_fx.transform(network())), "_ddp_params_and_buffers_to_ignore")
+    for model in (late, listed, torch.compile(Task(decorr_fx.transform(network()))), decorr_fx.transform(plain)):
+        wrapped = DistributedDataParallel(model)
+        sent = set(wrapped.named_module_buffers)
+        assert sent == {name for name, _ in model.named_buffers() if "_decorr" not in name}
+    assert "0.bias" in wrapped.parameters_to_ignore
+    assert decorr_fx.fold(wrapped)._ddp_params_and_buffers_to_ignore == ["0.bias"]
 
 
-def test_ddp_around_a_module_that_holds_a_transformed_one_leaves_its_buffers_alone_too() -> None:
-    class Task(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = decorr_fx.transform(network())
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.model(x)
-
-    around = nn.Sequential(Task(), nn.Softmax(1))
-    names = {name for name, _ in around.named_buffers() if "_decorr" in name}
-    assert names and names <= set(around._ddp_params_and_buffers_to_ignore)
-    plain = decorr_fx.fold(around)
-    assert not [m for m in plain.modules() if hasattr(m, "_ddp_params_and_buffers_to_ignore")]
-
-
-@pytest.mark.parametrize("ranks", [2, 4, 8, 1024])
 def test_what_is_sent_for_a_resnet50_is_little_beside_its_gradients(ranks: int) -> None:
     plain = torchvision.models.resnet50()
     gradients = 2 * sum(p.nbytes for p in plain.parameters()) * (ranks - 1) / ranks

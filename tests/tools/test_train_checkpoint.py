@@ -1,5 +1,6 @@
 """A run of the main job that ends early goes on where it was, and never leaves half a file."""
 
+import copy
 import json
 import pickle
 import resource
@@ -13,6 +14,7 @@ import pytest
 import torch
 import train
 from train_checkpoint import save_checkpoint
+from train_loop import OPTIMIZERS
 
 QUICK = ["--epochs", "1", "--batch-size", "64", "--evaluations", "4", "--batch-norm"]
 
@@ -66,6 +68,28 @@ def test_a_run_that_is_done_is_only_told_again(begun: Path) -> None:
     assert len(evaluations(begun)) == 12  # 5 of each method, and one more for the steps left over
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_from_its_state(name: str) -> None:
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))]
+    copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    first, second = (OPTIMIZERS[name](parameters, lr=0.1) for parameters in (weights, copies))
+    gradients = torch.randn(6, 16)
+    steps(first, weights, gradients[:3])
+    for copied, own in zip(copies, weights, strict=True):
+        copied.data.copy_(own.data)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    steps(first, weights, gradients[3:])
+    steps(second, copies, gradients[3:])
+    assert all(torch.equal(own, other) for own, other in zip(weights, copies, strict=True))
+
+
+def steps(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], gradients: torch.Tensor) -> None:
+    for gradient in gradients:
+        weights[0].grad, weights[1].grad = gradient[:12].reshape(4, 3).clone(), gradient[12:].clone()
+        optimizer.step()
+
+
 class Malicious:
     """A pickle that would write a file."""
 
@@ -82,6 +106,12 @@ def damage(path: Path) -> None:
     path.write_bytes(whole)
 
 
+def flip_a_bit(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
 def replace_by_pickle(path: Path) -> None:
     path.write_bytes(pickle.dumps(Malicious(path.with_name("gotcha")), protocol=2))
 
@@ -93,11 +123,12 @@ def replace_by_pickle(path: Path) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:10_000]), "cannot be read"),
         (lambda path: path.write_bytes(b""), "cannot be read"),
         (damage, "cannot be read"),
+        (flip_a_bit, "in it is damaged"),
         (replace_by_pickle, "cannot be read"),
         (lambda path: torch.save({"model": torch.ones(3)}, path), "cannot be read"),
         (lambda path: torch.save([1, 2], path), "cannot be read"),
     ],
-    ids=["missing", "truncated", "empty", "damaged", "malicious", "of something else", "a list"],
+    ids=["missing", "truncated", "empty", "damaged", "one bit", "malicious", "of something else", "a list"],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named(
     begun: Path, change: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
