@@ -139,13 +139,13 @@ class PruneUnits(Pass[PruneResult]):
         C, W, norms = [], [], torch.zeros(found.groups[index].units, dtype=torch.float64)
         for one in found.slices:
             place = _place(one, index)
-            if place is None:
+            if place is None or one.role == "carries":
                 continue
             tensor = tensors[one.tensor]
             if one.role == "reads":
                 C.append(moments[one.tensor].mean[place, place].cpu())
                 W.append(by_unit(tensor, one.dim, one)[..., place].flatten(0, -2).double().cpu())
-            elif one.role == "makes" and tensor.dim() > 1:
+            elif tensor.dim() > 1:
                 norms += tensor.double().abs().movedim(one.dim, 0).flatten(1).sum(1).cpu()
         return Units(found.groups[index].fqn, C, W, norms)
 

@@ -53,11 +53,12 @@ class Excited(nn.Module):
         self.first, self.slopes = nn.ConvTranspose2d(3, 8, 2), nn.PReLU(8)
         self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
         self.gamma = nn.Parameter(1 + torch.rand(8, 1, 1))
+        self.register_buffer("scale", 1 + torch.rand(8, 1, 1), persistent=False)
         self.last = nn.ConvTranspose2d(8, 6, 3, padding=1)
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.pad(self.slopes(self.first(x)), (1, 1, 1, 1)) * self.gamma
+        x = nn.functional.pad(self.slopes(self.first(x)), (1, 1, 1, 1)) * self.gamma / self.scale
         x = x * self.up(self.down(x.mean((2, 3), keepdim=True)).tanh()).sigmoid()
         return self.head(self.last(x).relu().permute(0, 2, 3, 1).mean((1, 2)))
 
@@ -122,11 +123,11 @@ def leave(case: Case, model: nn.Module) -> Callable[[Any], str]:
 
 def make_twins(model: nn.Module, found: UnitGroups) -> None:
     """Let every odd unit be what the even one before it is."""
-    state = model.state_dict()
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for one in found.slices:
         if one.role == "reads":
             continue
-        tensor, start = state[one.tensor].movedim(one.dim, 0), 0
+        tensor, start = state[one.tensor].detach().movedim(one.dim, 0), 0
         for segment in one.axis:
             if segment.group is not None:
                 own = tensor[start : start + segment.units * segment.inner].unflatten(0, (segment.units, segment.inner))
