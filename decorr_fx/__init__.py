@@ -16,8 +16,7 @@ from decorr_fx.errors import (
 from decorr_fx.ops.subspace import Units
 from decorr_fx.passes.adapters import register_layer
 from decorr_fx.passes.export import ExportReport
-from decorr_fx.passes.prune_report import GroupRecord, PruneReport, PruneResult, Size
-from decorr_fx.passes.units import LeftAlone
+from decorr_fx.passes.prune_report import GroupRecord, ModelSize, PruneReport, PruneResult
 from decorr_fx.runtime.report import Report, SiteRecord, SiteStats, SkippedRecord, Stats
 
 __version__ = "0.1.0"
@@ -32,8 +31,8 @@ __all__ = [
     "ExportReport",
     "GroupRecord",
     "LayerError",
-    "LeftAlone",
     "ModelError",
+    "ModelSize",
     "NotTransformedError",
     "PassError",
     "PruneReport",
@@ -41,7 +40,6 @@ __all__ = [
     "Report",
     "SiteRecord",
     "SiteStats",
-    "Size",
     "SkippedRecord",
     "Stats",
     "Units",

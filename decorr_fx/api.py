@@ -174,8 +174,8 @@ def prune(
         weighting: what the threshold is of: `output`, the squared error of the readers' outputs, or `variance`, the
             second moment of the units that the kept ones do not tell.
         example_inputs: what the model is called with; dimension 0 of each tensor is the batch.
-        round_to: layers keep multiples of it, or all of their units. With onnxruntime on CPUs the result is faster
-            with 16, and no faster with 1.
+        round_to: layers keep multiples of it, or all of their units. With onnxruntime on CPUs the result is much
+            faster with 16 than with 1.
         min_units: no layer keeps fewer, unless it has fewer.
         residual_streams: cut units that are sums of what several layers made, too, all in the same places.
         filter_fn: called with (module, fqn) of each layer; its units all stay where it returns False.

@@ -137,7 +137,10 @@ def _device(model: nn.Module, reader: Slice) -> torch.device:
 def _check_rows(reader: Slice, moments: Moments) -> None:
     units = len(moments.sums)
     if not moments.rows:
-        raise LayerError(reader.layer, "its input is not seen: it is not called as a module; leave it out by filter_fn")
+        raise LayerError(
+            reader.layer,
+            "its input is not seen: it is not called as a module; leave the layers before it alone by filter_fn",
+        )
     if moments.rows < units:
         raise LayerError(
             reader.layer,

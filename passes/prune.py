@@ -6,7 +6,8 @@
 Source: subspace node pruning, arXiv 2405.17506; `ops/subspace.py` has the algebra.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,9 +23,10 @@ from decorr_fx.passes.choose import Filter
 from decorr_fx.passes.example import Example, tensors_in
 from decorr_fx.passes.follow import find_units
 from decorr_fx.passes.moments import Moments, by_unit, collect_moments, estimate_statistics
-from decorr_fx.passes.prune_report import GroupRecord, PruneReport, PruneResult, Size
+from decorr_fx.passes.prune_report import GroupRecord, ModelSize, PruneReport, PruneResult
 from decorr_fx.passes.slicing import slice_units
 from decorr_fx.passes.units import Group, Slice, UnitGroups
+from decorr_fx.runtime.report import SkippedRecord
 from decorr_fx.runtime.state import sites_of
 
 Measure = Literal["macs", "params"]
@@ -81,7 +83,7 @@ class PruneUnits(Pass[PruneResult]):
     settings: PruneSettings
 
     def requires(self, model: nn.Module) -> None:
-        """The model is plain, and runs on the example inputs."""
+        """The model is plain, and calibration is several batches."""
         if next(sites_of(model), None) is not None:
             raise ModelError(f"{type(model).__name__} is transformed; fold it first: prune(decorr_fx.fold(model), ...)")
         if isinstance(self.calibration, Tensor | Mapping):
@@ -92,27 +94,27 @@ class PruneUnits(Pass[PruneResult]):
     def call(self, model: nn.Module) -> PruneResult:
         """Find the units that go together, measure, choose, and slice a copy."""
         small = copy_model(model, shared=[])
-        modes = {module: module.training for module in small.modules()}
-        small.eval()
-        self.example.run(small, "example_inputs")
-        found = find_units(small, self.example, lambda group: self._refuse(model, group))
+        with _in_eval_mode(small):
+            return PruneResult(small, self._prune(small))
+
+    def _prune(self, model: nn.Module) -> PruneReport:
+        """Prune the copy in place, and tell what was done."""
+        self.example.run(model, "example_inputs")
+        found = find_units(model, self.example, lambda group: self._refuse(model, group))
         if not found.groups:
-            reasons = "; ".join(f"{one.fqn}: {one.reason}" for one in found.left[:8])
+            reasons = "; ".join(f"{fqn}: {reason}" for fqn, reason in list(found.left.items())[:8])
             raise ModelError(f"{type(model).__name__} has no units that can be removed. {reasons}")
-        readers = list(found.readers())
-        moments = collect_moments(small, readers, self.calibration)
-        tensors = small.state_dict()
+        moments = collect_moments(model, list(found.readers()), self.calibration)
+        tensors = model.state_dict()
         units = [self._units(tensors, found, index, moments) for index in range(len(found.groups))]
         orders = [self.settings.score(of_group).argsort(descending=True, stable=True) for of_group in units]
-        cut = self._cut(small, found, units, orders)
-        kept = [order[:count].sort().values for order, count in zip(orders, cut.kept, strict=True)]
-        report = self._report(small, found, units, orders, cut)
+        cut = self._cut(model, found, units, orders)
+        report = self._report(model, found, units, orders, cut)
         if any(record.kept < record.units for record in report.groups):
-            slice_units(small, found.slices, kept, moments)
-            estimate_statistics(small, self.calibration)
-        for module, mode in modes.items():
-            module.training = mode
-        return PruneResult(small, report)
+            kept = [order[:count].sort().values for order, count in zip(orders, cut.kept, strict=True)]
+            slice_units(model, found.slices, kept, moments)
+            estimate_statistics(model, self.calibration)
+        return report
 
     def ensures(self, model: nn.Module, result: PruneResult) -> None:
         """The result gives outputs of the same shapes, and is as small as the report says."""
@@ -167,10 +169,13 @@ class PruneUnits(Pass[PruneResult]):
         ]  # fmt: skip
         shapes, prices = _tensor_shapes(model), _prices(model, found)
 
-        def size(kept: Sequence[int]) -> Size:
-            return Size(*(total(found.priced(shapes, prices[measure]), kept) for measure in get_args(Measure)))
+        def size(kept: Sequence[int]) -> ModelSize:
+            return ModelSize(*(total(found.priced(shapes, prices[measure]), kept) for measure in get_args(Measure)))
 
-        return PruneReport(tuple(records), found.left, size([g.units for g in found.groups]), size(cut.kept), cut.tau)
+        skipped = (SkippedRecord(fqn, type(model.get_submodule(fqn)).__name__, why) for fqn, why in found.left.items())
+        return PruneReport(
+            tuple(records), tuple(skipped), size([g.units for g in found.groups]), size(cut.kept), cut.tau
+        )
 
 
 def _place(one: Slice, group: int) -> slice | None:
@@ -192,9 +197,17 @@ def _tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(model: nn.Module, example: Example) -> list[tuple[int, ...]]:
+    with _in_eval_mode(model):
+        return [tuple(t.shape) for t in tensors_in(example.call(model))]
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Let every module be in eval mode, and then in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        return [tuple(t.shape) for t in tensors_in(example.call(model.eval()))]
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

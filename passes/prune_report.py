@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import nn
 
-from decorr_fx.passes.units import LeftAlone
+from decorr_fx.runtime.report import SkippedRecord
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GroupRecord:
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """What a model costs: multiply-adds of its convs and linears for one example, and its parameters."""
 
     macs: int
@@ -43,16 +43,16 @@ class PruneReport:
 
     Attributes:
         groups: the groups of units that were cut, or could have been.
-        left: layers whose units stay, and why.
+        skipped: layers whose units stay, and why.
         before: size of the model that was given.
         after: size of the result.
         tau: part of what its units carry that each group keeps at least.
     """
 
     groups: tuple[GroupRecord, ...]
-    left: tuple[LeftAlone, ...]
-    before: Size
-    after: Size
+    skipped: tuple[SkippedRecord, ...]
+    before: ModelSize
+    after: ModelSize
     tau: float
 
     def __str__(self) -> str:
@@ -61,9 +61,9 @@ class PruneReport:
                 for g in self.groups]  # fmt: skip
         headers = ["layer", "units", "kept", "expected error", "with", "folded into"]
         parts = [tabulate(rows, headers, disable_numparse=True), self._total()]
-        if self.left:
-            left = [[one.fqn, one.reason] for one in self.left]
-            parts.append(tabulate(left, ["left alone", "reason"], disable_numparse=True))
+        if self.skipped:
+            left = [[one.fqn or "(root)", one.kind, one.reason] for one in self.skipped]
+            parts.append(tabulate(left, ["skipped layer", "kind", "reason"], disable_numparse=True))
         return "\n\n".join(parts)
 
     def _total(self) -> str:

@@ -56,27 +56,19 @@ class Group:
 
 
 @dataclass(frozen=True)
-class LeftAlone:
-    """Units that stay, of the layer `fqn`, and why."""
-
-    fqn: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class UnitGroups:
     """What may be removed from a model.
 
     Attributes:
         groups: in the order in which the model runs; segments have the index here.
         slices: every dimension that holds units of a group.
-        left: layers whose units stay.
+        left: the fqn of layers whose units stay, with the reason.
         works: multiply-adds of an example, for each number of a weight, by its name.
     """
 
     groups: tuple[Group, ...]
     slices: tuple[Slice, ...]
-    left: tuple[LeftAlone, ...]
+    left: Mapping[str, str]
     works: Mapping[str, int]
 
     def priced(self, shapes: Mapping[str, tuple[int, ...]], prices: Mapping[str, int]) -> list[Priced]:
@@ -151,7 +143,8 @@ class Groups:
             group = Group(makers, self._readers(root), self._units[root], not self._added.isdisjoint(numbers))
             reason = next((self._reasons[number] for number in numbers if number in self._reasons), "")
             if reason := reason or ("" if group.readers else "no layer reads its units") or refuse(group):
-                left.update((maker, reason) for maker in makers if maker not in left)
+                for maker in makers:
+                    left.setdefault(maker, reason)
             else:
                 groups[root] = group
         places = {root: place for place, root in enumerate(groups)}
@@ -159,7 +152,7 @@ class Groups:
         return UnitGroups(
             tuple(groups.values()),
             tuple(s for s in kept if s is not None),
-            tuple(LeftAlone(fqn, reason) for fqn, reason in left.items()),
+            left,
             works,
         )
 

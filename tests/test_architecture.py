@@ -52,7 +52,7 @@ PASSES = {
     "follow": {"aten", "example", "units"},
     "moments": {"example", "units"},
     "slicing": {"moments", "units"},
-    "prune_report": {"units"},
+    "prune_report": set(),
     "prune": {"base", "choose", "example", "follow", "moments", "prune_report", "slicing", "units"},
 }
 FORBIDDEN = {"ops": {"torch.fx", "torch.distributed", "onnx"}, "runtime": {"torch.fx", "onnx"}}

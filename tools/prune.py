@@ -140,7 +140,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="measure nothing: print what there is")
     parser.add_argument("--latency", action="store_true", help="only time the pruned networks in onnxruntime")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.fine_tune not in given.keep:
+        parser.error(f"--fine-tune {given.fine_tune:g} is none of the budgets of --keep")
+    return given
 
 
 def _part(text: str) -> float:

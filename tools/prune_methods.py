@@ -5,13 +5,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_data import Batch
 
 import decorr_fx
+from decorr_fx.passes.moments import estimate_statistics
 
 HALVINGS = 8  # in the search for the ratio that meets a budget
 Importance = Callable[[], tp.importance.Importance]
@@ -111,12 +111,5 @@ def _pruned_by(task: Task, name: str, scope: str, ratio: float) -> nn.Module:
 def with_new_statistics(model: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
     """Return a copy whose BatchNorm statistics are the plain mean over the batches, as ours has them."""
     model = deepcopy(model)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for images in batches:
-            model(images)
-    return model.eval()
+    estimate_statistics(model, batches)
+    return model

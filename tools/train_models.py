@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from difflib import get_close_matches
 from math import gcd, prod
+from typing import Any
 
 import torch
 import torchvision
@@ -29,11 +30,15 @@ def build_model(name: str, shape: Shape, classes: int, batch_size: int, batch_no
         raise UsageError(f"there is no model {name!r}; {_suggestion(name)}")
     try:
         model = _make(name, shape, classes, batch_norm)
-        _try(model, shape, min(batch_size, 2))
+        output = _try(model, shape, min(batch_size, 2))
     except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:
         images = f"{batch_size} images of {'x'.join(map(str, shape))}"
         advice = "try another --size or --batch-size"
         raise UsageError(f"{name} does not train on {images}: {first_line(error)}; {advice}") from None
+    if ranks() > 1 and not isinstance(output, Tensor):
+        raise UsageError(
+            f"{name} has auxiliary outputs, which several ranks cannot leave alone: use one, or another --model"
+        )
     return model
 
 
@@ -158,11 +163,9 @@ def _make(name: str, shape: Shape, classes: int, batch_norm: bool) -> nn.Module:
     return model
 
 
-def _try(model: nn.Module, shape: Shape, batch: int) -> None:
+def _try(model: nn.Module, shape: Shape, batch: int) -> Any:
     with torch.no_grad():
-        output = deepcopy(model).train()(torch.zeros(batch, *shape))  # a copy: BatchNorm must not remember this
-    if ranks() > 1 and not isinstance(output, Tensor):
-        raise UsageError("it has auxiliary outputs, whose layers nobody trains here: use one rank, or another --model")
+        return deepcopy(model).train()(torch.zeros(batch, *shape))  # a copy: BatchNorm must not remember this
 
 
 def _suggestion(name: str) -> str:

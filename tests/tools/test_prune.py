@@ -66,6 +66,7 @@ def test_every_method_leaves_a_network_that_runs_and_the_trained_one_as_it_is() 
     [
         (["--keep", "1.5"], "1.5 is not above 0 and at most 1"),
         (["--nets", "alexnet"], "invalid choice"),
+        (["--keep", "0.3"], "--fine-tune 0.5 is none of the budgets of --keep"),
         (["--table"], "prune.jsonl has no run like these"),
         (["--data-dir", "/nowhere", "--data", "fashion-mnist"], "no train-images-idx3-ubyte[.gz] in /nowhere"),
     ],

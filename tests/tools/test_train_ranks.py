@@ -1,7 +1,9 @@
 """The main job in several processes, as `torchrun` starts them: one answer, and a clear end where one of them fails."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ import psutil
 import pytest
 import torch
 from train import main
+from train_models import build_model
+from train_settings import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = ["--epochs", "1", "--evaluations", "2", "--model", "mlp"]
@@ -134,3 +138,29 @@ def test_a_batch_that_ranks_cannot_share_is_told(tmp_path: Path) -> None:
     _, error = launcher.communicate(timeout=240)
     assert launcher.returncode != 0
     assert "--batch-size 63 is no multiple of the 2 ranks" in error
+
+
+def test_a_rank_that_meets_nobody_says_so(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "1",
+    }
+    command = [sys.executable, str(ROOT / "tools/train.py"), *QUICK, "--timeout", "2", "--out", str(tmp_path)]
+    ended = subprocess.run(
+        command, env={**os.environ, **alone}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode != 0
+    assert "rank 0 of 2: another one is gone, or was silent for 2 seconds" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_model_with_auxiliary_outputs_is_refused_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train_models.ranks", lambda: 2)
+    with pytest.raises(UsageError, match="googlenet has auxiliary outputs, which several ranks cannot leave alone"):
+        build_model("googlenet", (3, 64, 64), 10, 2)
