@@ -33,7 +33,7 @@ MEBI, GIGA = 2**20, 1e9
 def scaling_table(models: Sequence[str] = tuple(MODELS), ranks: Sequence[int] = RANKS) -> str:
     """Return the table as Markdown."""
     headers = [
-        "model", "ranks", "R, moments (MiB)", "rows (MiB)", "sent for a step of R (MiB)", "of gradients", "on average",
+        "model", "ranks", "R (MiB)", "rows (MiB)", "sent for a step of R (MiB)", "of gradients", "on average",
         "a step of R (GFLOP)", "sharded (GFLOP)", "sharded, of a training step",
     ]  # fmt: skip
     rows = [row for name in models for row in _rows(name, ranks)]

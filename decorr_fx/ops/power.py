@@ -9,9 +9,10 @@ limit its learning rate. R never enlarges anything: no step of W goes further th
 preconditioned by R^T R. Weights that follow take `W <- W R_old R_new^-1`, as in natural neural networks
 (arXiv 1507.00210), where p is 1/2 and R a whole root.
 
-Sigma is kept as a *sketch* `B [stacks, rank, d]` of orthogonal rows, the largest last: `Sigma = B^T B`, cut to its rank
-after each step. Its eigenvalues are the squared norms of the rows of B, and V is B with other norms. A matrix of d x d
-numbers is formed only where d is small.
+Sigma is that of a *sketch* `B [stacks, rank, d]` of orthogonal rows, the largest last: `Sigma = B^T B`, cut to its rank
+after each step. Its eigenvalues are the squared norms of the rows of B, and V is B with other norms: so the two are
+kept as one, V and the `scale` of each of its rows that makes it that of B. A matrix of d x d numbers is formed only
+where d is small.
 
 A step has two parts: `learn` looks at rows and takes long; `replace` needs nothing but what was learned and the V
 before, so that one of several ranks may learn for all.
@@ -34,25 +35,28 @@ class Past:
     """What is remembered of x, after how many `steps [sites]`.
 
     Attributes:
-        moments: the sketch, `[stacks, rank, d]`, and the mean square of a row, `[stacks]`: the trace of all of Sigma.
+        scale: `[stacks, rank]`; the sketch is V with its rows scaled by it.
+        trace: the mean square of a row, `[stacks]`: the trace of all of Sigma.
         steps: how many there were.
     """
 
-    moments: Sequence[Tensor]
+    scale: Tensor
+    trace: Tensor
     steps: Tensor
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What rows of x tell: the new running moments, as in `Past`, and the second moment of z before the step."""
+    """What rows of x tell: the new sketch and trace, and the second moment of z before the step."""
 
-    moments: list[Tensor]
+    sketch: Tensor
+    trace: Tensor
     of_z: list[Moment]
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """R that is replaced: the new V in `factors`, the new running moments, and what follows."""
+    """R that is replaced: the new V in `factors`, the new scale and trace in `moments`, and what follows."""
 
     factors: list[Tensor]
     moments: Sequence[Tensor]
@@ -79,27 +83,29 @@ def learn(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float) -> Learn
         past: what is remembered.
         rate: at which running moments follow new ones; the first few steps take their plain mean.
     """
-    sketch, trace = past.moments
     rates = (1 / (past.steps + 1)).clamp(min=min(rate, 1)).to(x.dtype).repeat_interleave(len(V) // len(past.steps))
-    trace = trace.lerp(x.square().sum((1, 2)) / count, rates)
+    trace = past.trace.lerp(x.square().sum((1, 2)) / count, rates)
     old_share, new_share = (1 - rates).sqrt(), (rates / count).sqrt()
-    together = torch.cat([old_share[:, None, None] * sketch, new_share[:, None, None] * x], 1)
+    sketch = (old_share[:, None] * past.scale)[..., None] * V
+    together = torch.cat([sketch, new_share[:, None, None] * x], 1)
     of_z = Moment.of(shrink(x, V), count[:, None, None])
-    return Learned([largest_directions(together, V.shape[1]), trace], [of_z])
+    return Learned(largest_directions(together, V.shape[1]), trace, [of_z])
 
 
-def replace(V: Tensor, moments: Sequence[Tensor], power: float, damping: float) -> Replacement:
+def replace(V: Tensor, sketch: Tensor, trace: Tensor, power: float, damping: float) -> Replacement:
     """Return what replaces R of this V, `[stacks, rank, d]`, for the new running moments.
 
     Args:
         V: before the step.
-        moments: as `learn` returns them.
+        sketch: as `learn` returns it.
+        trace: likewise.
         power: p.
         damping: delta over the mean eigenvalue.
     """
-    sketch, trace = moments
-    new = directions_to_shrink(sketch, damping * trace / V.shape[2], power)
-    return Replacement([new], moments, Following.between(V, new))
+    lengths = _lengths(sketch, damping * trace / V.shape[2], power)
+    new = lengths[..., None] * sketch
+    scale = torch.where(lengths > 0, 1 / lengths, 0)  # 0 where p is: nothing is remembered of what never shrinks
+    return Replacement([new], [scale, trace], Following.between(V, new))
 
 
 def largest_directions(rows: Tensor, rank: int) -> Tensor:
@@ -119,7 +125,12 @@ def largest_directions(rows: Tensor, rank: int) -> Tensor:
 
 def directions_to_shrink(sketch: Tensor, delta: Tensor, power: float) -> Tensor:
     """Return V of `I - V^T V = (I + B^T B / delta)^-power` for a sketch B, and `delta [stacks]`."""
+    return _lengths(sketch, delta, power)[..., None] * sketch
+
+
+def _lengths(sketch: Tensor, delta: Tensor, power: float) -> Tensor:
+    """Return what makes the rows of a sketch those of V, `[stacks, rank]`."""
     delta = delta.clamp(min=torch.finfo(delta.dtype).tiny)[:, None]  # all rows were zero: so is V
     ratio = (sketch.square().sum(2) / delta).clamp(min=SMALLEST)
     shrunk = -torch.expm1(-power * torch.log1p(ratio))  # 1 - (1 + ratio)^-power, right for small ones
-    return (shrunk / ratio / delta).sqrt()[..., None] * sketch
+    return (shrunk / ratio / delta).sqrt()

@@ -81,10 +81,10 @@ def look(moves: Sequence[Move]) -> list[Finding]:
         rows = _rows(moves)
         (V,) = _factors(sites)
         learned = power.learn(V, rows.x, rows.count, _past(sites), moves[0].decor_lr)
-        moments = zip(*(split(moment, sites) for moment in learned.moments), strict=True)
+        moments = split(learned.sketch, sites), split(learned.trace, sites)
         means: Sequence[Tensor | None] = [None] * len(sites) if rows.means is None else rows.means
         found, seen = losses(learned.of_z, len(sites)), rows.seen.to(V.dtype)[:, None]
-        return [Finding(*parts) for parts in zip(sites, moments, means, found, seen, strict=True)]
+        return [Finding(*parts) for parts in zip(sites, *moments, means, found, seen, strict=True)]
 
 
 @torch.no_grad()
@@ -93,9 +93,9 @@ def take(findings: Sequence[Finding]) -> None:
     sites = [one.site for one in findings]
     config = sites[0].spec.config
     with full_precision(sites[0].rows.device):
-        moments = [_join(of_sites) for of_sites in zip(*(one.moments for one in findings), strict=True)]
+        sketch, trace = _join([one.sketch for one in findings]), _join([one.trace for one in findings])
         (V,) = _factors(sites)
-        step = power.replace(V, moments, config.power, config.damping)
+        step = power.replace(V, sketch, trace, config.power, config.damping)
         means = [one.mean for one in findings if one.mean is not None] or None
         found, seen = torch.stack([one.losses for one in findings]), torch.cat([one.seen for one in findings])
         take_step(sites, step, means, found, seen)
@@ -135,8 +135,8 @@ def _factors(sites: Sequence[Site]) -> list[Tensor]:
 
 
 def _past(sites: Sequence[Site]) -> power.Past:
-    moments = [_join(of_sites) for of_sites in zip(*(site.moments for site in sites), strict=True)]
-    return power.Past(moments, torch.stack([site.steps for site in sites]))
+    scale, trace = (_join(of_sites) for of_sites in zip(*(site.moments for site in sites), strict=True))
+    return power.Past(scale, trace, torch.stack([site.steps for site in sites]))
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ class SiteRecord:
         d: features of an input row, per group.
         groups: groups of the convolution.
         structure: structure of R that was chosen.
-        bytes: size of R's factors, or of V, and of the running moments where the rule keeps them.
+        bytes: size of R's factors, or of V, and of what the rule remembers besides.
         row_bytes: size of the buffer of recorded rows.
         folded_bytes: most that `W R`, or `R x` where that is smaller, takes while the layer runs.
         flops: extra FLOP of one training step, on average, at a batch of 128.

@@ -84,6 +84,6 @@ class SiteSpec:
 
     @property
     def moment_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the running moments; none where the rule keeps none. See `ops.power`."""
-        layout = self.layout
-        return {"sketch": layout.factor_shapes[0], "trace": (layout.stacks,)} if self.remembers else {}
+        """Names and shapes of what is remembered of the rows; nothing where the rule does not. See `ops.power`."""
+        stacks = self.layout.stacks
+        return {"scale": (stacks, self.layout.rank), "trace": (stacks,)} if self.remembers else {}

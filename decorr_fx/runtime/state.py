@@ -80,7 +80,7 @@ class Site(nn.Module):
 
     @property
     def moments(self) -> list[Tensor]:
-        """The running moments of x; none where the rule keeps none."""
+        """What is remembered of x; nothing where the rule does not."""
         return [self.get_buffer(name) for name in self.spec.moment_shapes]
 
     def record(self, x: Tensor, output_padding: Sequence[int] = ()) -> None:

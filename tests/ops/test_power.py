@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from decorr_fx.ops import reference
-from decorr_fx.ops.power import Past, Replacement, directions_to_shrink, largest_directions, learn, replace
+from decorr_fx.ops.power import Learned, Past, Replacement, directions_to_shrink, largest_directions, learn, replace
 
 powers = st.sampled_from([0.0, 0.25, 0.5])
 dampings = st.sampled_from([1e-2, 0.1, 1.0])
@@ -21,16 +21,24 @@ class Drawn:
     """What a step of some sites of some stacks starts from: a V, what is remembered, and rows, some of them unused."""
 
     V: Tensor
-    sketch: Tensor
+    scale: Tensor
     trace: Tensor
     x: Tensor
     used: int
     sites: int
 
+    @property
+    def sketch(self) -> Tensor:
+        return self.scale[..., None] * self.V
+
+    def learn(self, dtype: torch.dtype, rate: float) -> Learned:
+        past = Past(self.scale.to(dtype), self.trace.to(dtype), torch.full((self.sites,), STEPS))
+        count = torch.tensor(self.used).expand(len(self.x))
+        return learn(self.V.to(dtype), self.x.to(dtype), count, past, rate)
+
     def step(self, dtype: torch.dtype, rate: float, power: float, damping: float) -> Replacement:
-        past = Past([self.sketch.to(dtype), self.trace.to(dtype)], torch.full((self.sites,), STEPS))
-        V, count = self.V.to(dtype), torch.tensor(self.used).expand(len(self.x))
-        return replace(V, learn(V, self.x.to(dtype), count, past, rate).moments, power, damping)
+        learned = self.learn(dtype, rate)
+        return replace(self.V.to(dtype), learned.sketch, learned.trace, power, damping)
 
     def running(self, i: int, rate: float) -> Tensor:
         """Return the second moment of stack number i after the step, before it is cut to its rank."""
@@ -52,11 +60,11 @@ def drawn(draw: st.DrawFn) -> Drawn:
     options = {"generator": generator, "dtype": torch.float64}
     directions = torch.linalg.qr(torch.randn(sites * stacks, d, d, **options))[0][:, :rank]
     V = 0.9 * torch.rand(sites * stacks, rank, 1, **options) * directions
-    sketch = torch.rand(sites * stacks, rank, 1, **options) * directions
-    trace = 1.5 * sketch.square().sum((1, 2))
+    scale = 2 * torch.rand(sites * stacks, rank, **options)
+    trace = 1.5 * (scale[..., None] * V).square().sum((1, 2))
     x = draw(st.sampled_from([0.1, 1.0, 10.0])) * torch.randn(sites * stacks, used + unused, d, **options)
     x[:, used:] = 0
-    return Drawn(V, sketch, trace, x, used, sites)
+    return Drawn(V, scale, trace, x, used, sites)
 
 
 @given(drawn(), rates, powers, dampings)
@@ -71,12 +79,21 @@ def test_float32_R_agrees_with_the_float64_reference(d: Drawn, rate: float, powe
 @given(drawn(), rates)
 @settings(max_examples=200)
 def test_the_sketch_is_the_second_moment_cut_to_its_rank(d: Drawn, rate: float) -> None:
-    sketch, trace = d.step(torch.float64, rate, 0.5, 0.1).moments
+    learned = d.learn(torch.float64, rate)
+    sketch, trace = learned.sketch, learned.trace
     for i in range(len(sketch)):
         assert relative(sketch[i].T @ sketch[i], reference.truncated(d.running(i, rate), sketch.shape[1])) < 1e-9
         assert float(trace[i]) == pytest.approx(d.mean(i, rate) * d.x.shape[2])
         gram = sketch[i] @ sketch[i].T
         assert relative(gram, torch.diag(gram.diagonal())) < 1e-7
+
+
+@given(drawn(), rates, st.sampled_from([0.1, 0.25, 0.5]), dampings)
+@settings(max_examples=200)
+def test_the_new_V_scaled_is_the_sketch(d: Drawn, rate: float, power: float, damping: float) -> None:
+    """Which nothing else holds: the next step goes on from it."""
+    sketch, step = d.learn(torch.float32, rate).sketch, d.step(torch.float32, rate, power, damping)
+    torch.testing.assert_close(step.moments[0][..., None] * step.factors[0], sketch, rtol=1e-6, atol=0)
 
 
 @given(drawn(), rates, powers, dampings)
@@ -136,12 +153,12 @@ def test_rows_of_zeros_leave_R_at_the_identity() -> None:
 
 def test_the_first_steps_take_the_plain_mean_of_all_rows_so_far() -> None:
     x = torch.randn(4, 5, 3, dtype=torch.float64)
-    moments = [torch.zeros(1, 3, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
-    V = torch.zeros(1, 3, 3, dtype=torch.float64)
+    V, scale, trace = (torch.zeros(*shape, dtype=torch.float64) for shape in ((1, 3, 3), (1, 3), (1,)))
     for i, rows in enumerate(x):
-        past = Past(moments, torch.tensor([i]))
-        moments = learn(V, rows[None], torch.tensor([5]), past, 0.1).moments
-    torch.testing.assert_close(moments[0][0].T @ moments[0][0], reference.measure(x.flatten(0, 1)).M)
+        learned = learn(V, rows[None], torch.tensor([5]), Past(scale, trace, torch.tensor([i])), 0.1)
+        step = replace(V, learned.sketch, learned.trace, 0.5, 0.1)
+        (V,), (scale, trace) = step.factors, step.moments
+    torch.testing.assert_close(learned.sketch[0].T @ learned.sketch[0], reference.measure(x.flatten(0, 1)).M)
 
 
 @pytest.mark.parametrize("d", [100, 600], ids=["more rows than features", "fewer"])

@@ -42,7 +42,7 @@ def test_rows_that_are_not_finite_are_refused_and_counted(value: float, max_samp
     decorr_fx.step(model)
     stats = decorr_fx.stats(model)
     assert (stats[0].steps, stats[0].refused) == (0, 1)
-    for key in ("0.weight", "0.weight_decorr.V", "0.weight_decorr.sketch"):
+    for key in ("0.weight", "0.weight_decorr.V", "0.weight_decorr.scale"):
         assert torch.equal(model.state_dict()[key], before[key])
     one_step(model, torch.randn(9, 5))
     assert (decorr_fx.stats(model)[0].steps, decorr_fx.stats(model)[0].refused) == (1, 1)
