@@ -7,6 +7,7 @@ Models are on the meta device: nothing is allocated or run.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 
 import timm
 import torch
@@ -47,9 +48,10 @@ def _rows(name: str, ranks: Sequence[int]) -> list[list[str]]:
     sites, every = list(sites_of(model)), DecorrConfig().update_every
     report = decorr_fx.report(model)
     gradients, own = sum(p.nbytes for p in plain.parameters()), sum(map(_own, sites))
-    held, rows = sum(s.bytes for s in report.sites) / MEBI, sum(s.row_bytes for s in report.sites) / MEBI
+    held = sum(s.bytes for s in report.sites) / MEBI
     found = []
     for count in ranks:
+        rows = sum(_row_bytes(site, count) for site in sites) / MEBI
         sent, looking = exchanged_bytes(sites, count), _looking(sites, count)
         part = sent / (2 * gradients * (count - 1) / count) if count > 1 else 0
         whole, sharded = (looking + sum(_following(site, holders) for site in sites) for holders in (1, count))
@@ -59,6 +61,10 @@ def _rows(name: str, ranks: Sequence[int]) -> list[list[str]]:
             f"{whole / GIGA:,.1f}", f"{sharded / GIGA:,.1f}", f"{sharded / every / own:.3%}",
         ])  # fmt: skip
     return found
+
+
+def _row_bytes(site: Site, ranks: int) -> int:
+    return ceil(site.spec.slots / ranks) * site.rows.shape[1] * site.rows.element_size()
 
 
 def _own(site: Site) -> int:

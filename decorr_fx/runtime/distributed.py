@@ -10,7 +10,6 @@ Sites are in the order in which they were made, which is the same on all ranks o
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import ceil
 from typing import Any
 
 import torch
@@ -21,12 +20,8 @@ from decorr_fx.errors import DistributedError
 from decorr_fx.runtime.divide import makers, numbers_of_rows
 from decorr_fx.runtime.finding import Finding, numbers_of_finding
 from decorr_fx.runtime.move import grouped
+from decorr_fx.runtime.ranks import given_by, ranks
 from decorr_fx.runtime.state import Recorded, Site
-
-
-def ranks() -> int:
-    """Return how many ranks train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class ToAll:
         self.work.wait()
         sizes = [numbers_of_rows(site) for site in self.sites]
         for site, rows in zip(self.sites, torch.split(self.rows, sizes), strict=True):
-            yield site, _read(rows.reshape(len(site.rows), -1))
+            yield site, _read(rows.reshape(site.spec.slots, -1))
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class ToMakers:
         lengths = [_length(site, rank) for rank in range(ranks()) for site in self.mine]
         parts = torch.split(self.rows, lengths)
         for index, site in enumerate(self.mine):
-            yield site, _read(torch.cat(parts[index :: len(self.mine)]).reshape(len(site.rows), -1))
+            yield site, _read(torch.cat(parts[index :: len(self.mine)]).reshape(site.spec.slots, -1))
 
 
 @dataclass(frozen=True)
@@ -162,30 +157,23 @@ def _kind(site: Site) -> tuple[torch.dtype, torch.device]:
     return site.rows.dtype, site.rows.device
 
 
-def _slots(site: Site, rank: int) -> slice:
-    """Return the part of all rows that a rank gives: that of the last ranks may be smaller, or none."""
-    slots = len(site.rows)
-    each = ceil(slots / ranks())
-    return slice(min(rank * each, slots), min((rank + 1) * each, slots))
-
-
 def _length(site: Site, rank: int) -> int:
     """Return how many numbers a rank gives."""
-    return len(site.rows[_slots(site, rank)]) * (site.rows.shape[1] + 1)
+    return len(given_by(rank, site.spec.slots)) * (site.rows.shape[1] + 1)
 
 
 def _share(site: Site) -> Tensor:
     """Return the rows that this rank gives, each with a 1 behind it where it is in use; others are zeros."""
-    part = _slots(site, dist.get_rank())
-    own, count = site.recorded(), part.stop - part.start
+    own, count = site.recorded(), len(given_by(dist.get_rank(), site.spec.slots))
     used = own.used[:count, None]
     return torch.cat([own.rows[:count].where(used, 0), used.to(own.rows.dtype)], 1)
 
 
 def _in_its_place(site: Site) -> Tensor:
     """Return room for the rows of all ranks, with those that this one gives, and zeros."""
-    room = site.rows.new_zeros(len(site.rows), site.rows.shape[1] + 1)
-    room[_slots(site, dist.get_rank())] = _share(site)
+    room = site.rows.new_zeros(site.spec.slots, site.rows.shape[1] + 1)
+    part = given_by(dist.get_rank(), site.spec.slots)
+    room[part.start : part.stop] = _share(site)
     return room.flatten()
 
 

@@ -41,7 +41,7 @@ def is_divided(site: Site, ranks: int) -> bool:
 
 def look_flops(site: Site) -> int:
     """Return the FLOP of what is divided: by shapes that all ranks have alike, whatever examples they were given."""
-    return learn_flops(site.spec.layout, len(site.rows))
+    return learn_flops(site.spec.layout, site.spec.slots)
 
 
 def exchanged_bytes(sites: Sequence[Site], ranks: int) -> int:
@@ -51,7 +51,7 @@ def exchanged_bytes(sites: Sequence[Site], ranks: int) -> int:
 
 def numbers_of_rows(site: Site) -> int:
     """Return how many numbers the rows of a site are, each with a flag behind it."""
-    return len(site.rows) * (site.rows.shape[1] + 1)
+    return site.spec.slots * (site.rows.shape[1] + 1)
 
 
 def _sent_to_all(site: Site, ranks: int) -> float:

@@ -10,8 +10,8 @@ from tabulate import tabulate
 from torch import nn
 
 from decorr_fx.ops.cost import REFERENCE_BATCH, apply_flops, move_flops, own_flops
-from decorr_fx.runtime.distributed import ranks
 from decorr_fx.runtime.divide import makers
+from decorr_fx.runtime.ranks import given_by_each, ranks
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.state import Site, sites_of
 
@@ -27,7 +27,7 @@ class SiteRecord:
         groups: groups of the convolution.
         structure: structure of R that was chosen.
         bytes: size of R's factors, or of V, and of what the rule remembers besides.
-        row_bytes: size of the buffer of recorded rows.
+        row_bytes: size of the buffer of recorded rows, of which each of several ranks has its part.
         folded_bytes: most that `W R`, or `R x` where that is smaller, takes while the layer runs.
         flops: extra FLOP of one training step, on average, at a batch of 128.
         cost: the same as a part of the layer's own FLOP, of forward and backward.
@@ -84,7 +84,7 @@ def describe(spec: SiteSpec, element_size: int, made_by: int | None = None) -> I
             groups=layout.groups,
             structure=layout.structure,
             bytes=element_size * numbers if leads else 0,
-            row_bytes=element_size * spec.slots * layout.groups * layout.d if leads else 0,
+            row_bytes=element_size * given_by_each(spec.slots) * layout.groups * layout.d if leads else 0,
             folded_bytes=element_size * layout.groups * layout.d_out * layout.d,
             flops=flops,
             cost=flops / own_flops([layout], spec.work),

@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from decorr_fx.runtime.distributed import Exchange, check_same, ranks, share
+from decorr_fx.runtime.distributed import Exchange, check_same, share
 from decorr_fx.runtime.move import Move, group_by_shape, group_findings, look, move, take
+from decorr_fx.runtime.ranks import ranks
 from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
 
 _ON_THEIR_WAY: "WeakKeyDictionary[Optimizer, Exchange]" = WeakKeyDictionary()  # while an optimizer steps
@@ -102,6 +103,7 @@ def ready_sites(sites: Iterable[Site]) -> list[Site]:
     for site in sites:
         parameters = [parameter for weight in site.weights if (parameter := weight.find()) is not None]
         site.note_sharding()
+        site.make_room()
         if site.paused or len(parameters) < len(site.weights):
             continue
         if all(parameter.requires_grad for parameter in parameters):

@@ -1,6 +1,7 @@
 """Several ranks move R alike, on the rows of all of them: real gloo processes."""
 
 import copy
+from math import ceil
 
 import pytest
 import torch
@@ -65,6 +66,19 @@ def test_report_says_which_rank_makes_what() -> None:
     assert [line.split()[-1] for line in str(report).splitlines()[2:5]] == ["0", "1", "all"]
     model[0].weight.requires_grad_(False)
     assert [site.made_by for site in decorr_fx.report(model).sites] == [None, 0, None]
+
+
+@distributed_test(world_size=[2, 4])
+def test_a_rank_has_room_for_the_rows_that_it_gives_and_for_all_when_it_is_alone() -> None:
+    ranks, model = dist.get_world_size(), decorr_fx.transform(network(), DecorrConfig(max_samples=9))
+    train(DistributedDataParallel(model), batches(3, dist.get_rank()))
+    assert {len(site.rows) for site in sites_of(model)} == {ceil(9 / ranks)}
+    rows = sum(site.rows.nbytes for site in sites_of(model))
+    assert sum(site.row_bytes for site in decorr_fx.report(model).sites) == rows
+    dist.destroy_process_group()
+    train(model, batches(3, 0))  # the first of these steps is on what there was room for
+    assert {len(site.rows) for site in sites_of(model)} == {9}
+    assert all((site.steps, site.refused) == (6, 0) for site in decorr_fx.stats(model))
 
 
 @distributed_test(world_size=[2])
