@@ -1,6 +1,6 @@
 """Decorrelated backpropagation for PyTorch: faster learning, and a plain model at the end."""
 
-from decorr_fx.api import calibrate, export_onnx, fold, paused, prune, report, stats, step, transform
+from decorr_fx.api import calibrate, export_onnx, fold, fold_, paused, prune, report, stats, step, transform
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import (
     CheckpointError,
@@ -46,6 +46,7 @@ __all__ = [
     "calibrate",
     "export_onnx",
     "fold",
+    "fold_",
     "paused",
     "prune",
     "register_layer",

@@ -17,7 +17,7 @@ from decorr_fx.passes.check import check_model
 from decorr_fx.passes.choose import Filter, Overrides, Settings
 from decorr_fx.passes.example import Example
 from decorr_fx.passes.export import ExportOnnx, ExportReport
-from decorr_fx.passes.fold import FoldDecorrelation
+from decorr_fx.passes.fold import FoldDecorrelation, FoldInPlace
 from decorr_fx.passes.insert import InsertDecorrelation
 from decorr_fx.passes.measure import measure_works
 from decorr_fx.passes.plan import Plan, make_plan
@@ -98,7 +98,7 @@ def fold(model: nn.Module) -> nn.Module:
     """Return a plain copy of a transformed model: the original class, names and shapes, with R folded into the weights.
 
     The transformed model is not changed and can train on. A compiled or DDP-wrapped model is unwrapped first. Outputs
-    equal those of the model in eval mode; `state_dict()` loads into the original class.
+    equal those of the model in eval mode; `state_dict()` loads into the original class. `fold_` makes no copy.
 
     Raises:
         NotTransformedError: the model is plain, or was folded already.
@@ -106,6 +106,23 @@ def fold(model: nn.Module) -> nn.Module:
         DistributedError: a weight is sharded over several ranks.
     """
     return FoldDecorrelation()(_unwrapped(model))
+
+
+def fold_(model: nn.Module) -> nn.Module:
+    """Make a transformed model plain where it is, and return it: what `fold` does, without a copy.
+
+    For models of which a second copy has no room, and for those that `fully_shard` has cut: each rank folds the rows
+    that it holds, the model stays sharded, and is saved as any sharded model is. All ranks call it; nothing is sent.
+    An optimizer goes on owning the parameters, but what it remembers of their gradients is of the weights before.
+
+    Raises:
+        NotTransformedError: the model is plain, or was folded already.
+        LayerError: a weight was pruned, parametrized or untied after `transform`.
+        DistributedError: a weight is sharded in a way in which it cannot follow R.
+
+    After an error the model is as it was.
+    """
+    return FoldInPlace()(_unwrapped(model))
 
 
 def export_onnx(

@@ -33,7 +33,7 @@ class Pass(ABC, Generic[Result]):
     """A step of a verb: `requires` checks what comes in, `call` works, `ensures` checks what comes out."""
 
     def __call__(self, model: nn.Module) -> Result:
-        """Run the pass on a model, which stays as it is, with its contract checked before and after."""
+        """Run the pass, with its contract checked before and after; the model stays as it is, or the pass says so."""
         self.requires(model)
         result = self.call(model)
         self.ensures(model, result)
@@ -185,7 +185,16 @@ def as_plain_layer(module: nn.Module) -> None:
     for name in [name for name, value in vars(module).items() if isinstance(value, Site)]:  # another module's
         del vars(module)[name]
     if isinstance(module, DecorrelatedLayer):
-        setattr(module, "__class__", module.plain_class)  # noqa: B010 - mypy knows the mixed class only
+        setattr(module, "__class__", _plain_class(type(module)))  # noqa: B010 - mypy knows the mixed class only
+
+
+def _plain_class(mixed: type[DecorrelatedLayer]) -> type:
+    """Return a class without ours; others may have mixed theirs into it since, as `fully_shard` does."""
+    if DecorrelatedLayer in mixed.__bases__:
+        return mixed.plain_class
+    bases = (_plain_class(base) if issubclass(base, DecorrelatedLayer) else base for base in mixed.__bases__)
+    own = {name: value for name, value in vars(mixed).items() if name not in ("__dict__", "__weakref__")}
+    return type(mixed.__name__.replace("Decorrelated", "", 1), tuple(bases), own)
 
 
 def _layer_class(plain_class: type[nn.Module], run: Graphs | Watched) -> type[nn.Module]:

@@ -17,6 +17,7 @@ from study_report import goal_table, markdown_table
 from study_run import Results
 from study_summary import collect, summarise
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from zoo_report import coverage_table
 
 import decorr_fx
@@ -24,7 +25,8 @@ from decorr_fx.passes import adapters
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-QUICKSTART, SETTINGS, MANY_GPUS, GATHER, PRUNE, ADAPTER = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+QUICKSTART, SETTINGS, MANY_GPUS, FOLD_SHARDED, PRUNE, ADAPTER = SNIPPETS
 
 
 def test_the_quickstart_runs_and_is_on_the_first_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,8 +52,9 @@ def test_the_lines_for_many_gpus_run_in_a_process_group(tmp_path: Path) -> None:
         names = {"decorr_fx": decorr_fx, "torch": torch, "model": nn.Linear(4, 2)}
         exec(MANY_GPUS, names)
         assert len(decorr_fx.report(names["model"].module).sites) == 1
-        exec(GATHER, names | {"make_model": lambda: nn.Linear(4, 2)}, gathered := {})
-        assert torch.equal(gathered["plain"].weight, names["model"].module.weight)
+        sharded = fully_shard(decorr_fx.transform(nn.Linear(4, 2)))
+        exec(FOLD_SHARDED, {"decorr_fx": decorr_fx, "model": sharded})
+        assert [*sharded.state_dict()] == ["weight", "bias"]
     finally:
         dist.destroy_process_group()
 

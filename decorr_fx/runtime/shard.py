@@ -20,6 +20,16 @@ def is_sharded(tensor: object) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let each rank hold no more than its part of every weight, where a forward has left them gathered."""
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def rows_here(parameter: Any, rows: tuple[int, int] | None) -> Tensor | None:
     """Return those of some rows, or of all, that this rank holds: a view. None where it is not cut along its rows.
 

@@ -113,12 +113,12 @@ class Site(nn.Module):
         if self.stands_in(W, index):
             return W
         kept = self._kept(W, index)
-        return self.fold(W, index) if kept is None else kept
+        return self._fold(W, self.weights[index].spec.layout) if kept is None else kept
 
-    def fold(self, W: Tensor, index: int) -> Tensor:
+    def _fold(self, W: Tensor, layout: Layout) -> Tensor:
         """Return `W R`, computed anew."""
         with full_precision(W.device):
-            return fold_weight(W.to(self.factors[0].dtype), self.factors, self.weights[index].spec.layout).to(W.dtype)
+            return fold_weight(W.to(self.factors[0].dtype), self.factors, layout).to(W.dtype)
 
     def _kept(self, W: Tensor, index: int) -> Tensor | None:
         """Return the kept `W R` where this one keeps it: in eval mode, where no gradient goes to W."""
@@ -182,10 +182,13 @@ class Site(nn.Module):
 
     @torch.no_grad()
     def fold_into_weights(self) -> None:
-        """Write `W R` into every weight and `b - W R mu` into its bias; R is to be dropped afterwards."""
+        """Write `W R` into every weight, or the part of it that this rank holds, and `b - W R mu` into its bias.
+
+        R is to be dropped afterwards.
+        """
         for index, weight in enumerate(self.weights):
-            W = weight.get()
-            W.copy_(self.fold(W, index))
+            W, layout = weight.held()
+            W.copy_(self._fold(W, layout))
             if weight.spec.centered and weight.bias is not None:
                 bias = weight.bias.get()
                 bias.copy_(self.shift_bias(bias, W, index))

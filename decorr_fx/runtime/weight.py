@@ -75,8 +75,8 @@ class SiteWeight:
         """
         if is_sharded(self.find()):
             raise DistributedError(
-                f"layer {self.spec.fqn!r}: its weight is sharded over several ranks; gather the whole state_dict, load "
-                "it into a model that is transformed with the same config, but not sharded, and fold that"
+                f"layer {self.spec.fqn!r}: its weight is sharded over several ranks, and cannot be copied; fold the "
+                "model where it is, with decorr_fx.fold_(model) on every rank"
             )
 
     def check(self) -> None:

@@ -9,9 +9,10 @@ from factors import is_identity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import decorr_fx
-from decorr_fx import DecorrConfig
+from decorr_fx import DecorrConfig, LayerError, NotTransformedError
 from decorr_fx.passes.base import DecorrelatedLayer
 from decorr_fx.runtime.state import Site, sites_of
 
@@ -82,6 +83,33 @@ def test_a_trained_model_folds_into_the_plain_class(case: ModelCase) -> None:
     fresh.load_state_dict(folded.state_dict(), strict=True)
     assert relative(fresh(x), expected) < 1e-5
     assert relative(model(x), expected) == 0  # the transformed model can go on
+
+
+@models
+def test_a_trained_model_is_folded_where_it_is(case: ModelCase) -> None:
+    plain, x = case.make(), torch.randn(case.shape)
+    model = decorr_fx.transform(plain)
+    train(model, x)
+    expected = decorr_fx.fold(model.eval())
+    assert decorr_fx.fold_(model) is model
+    assert type(model) is type(plain) and torch.equal(model(x), expected(x))
+    for (name, own), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(own, other), name
+    assert not any(isinstance(m, Site | DecorrelatedLayer) for m in model.modules())
+    train(plain, x)  # which has shared its weights all along
+    assert torch.equal(model(x), plain.eval()(x))
+
+
+def test_folding_where_it_is_changes_nothing_where_it_cannot_be() -> None:
+    model = decorr_fx.transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    train(model, torch.randn(9, 4))
+    prune.random_unstructured(model[1], "weight", 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(LayerError, match="layer '1': its weight was pruned or parametrized after transform"):
+        decorr_fx.fold_(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(NotTransformedError, match="Linear has no decorrelated layer"):
+        decorr_fx.fold_(nn.Linear(2, 2))
 
 
 @given(

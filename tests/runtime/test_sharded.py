@@ -20,7 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import decorr_fx
-from decorr_fx import DistributedError
+from decorr_fx import DistributedError, NotTransformedError
+from decorr_fx.runtime.state import sites_of
 
 
 class Packed(nn.Module):
@@ -55,8 +56,27 @@ def test_sharded_weights_follow_as_whole_ones_do_and_fold_when_gathered() -> Non
     gathered = decorr_fx.transform(Packed())
     gathered.load_state_dict(whole_state(sharded))
     torch.testing.assert_close(decorr_fx.fold(gathered).eval()(x), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(DistributedError, match="its weight is sharded over several ranks; gather"):
-        decorr_fx.fold(sharded)
+
+
+@distributed_test(world_size=[1, 2, 4])
+def test_a_sharded_model_is_folded_where_it_is_and_trains_on() -> None:
+    model, optimizer = sharded_packed()
+    go_on(model, optimizer, first=0)
+    x = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        expected = model.eval()(x)  # which leaves the weights of the root gathered
+    with pytest.raises(DistributedError, match=r"sharded over several ranks.*with decorr_fx.fold_\(model\) on every"):
+        decorr_fx.fold(model)
+    assert decorr_fx.fold_(model) is model
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+    assert [type(m).__name__ for m in (model, model.first, model.last)] == ["FSDPPacked", "FSDPLinear", "Linear"]
+    plain = Packed()
+    plain.load_state_dict(whole_state(model))
+    torch.testing.assert_close(plain.eval()(x), expected, rtol=1e-5, atol=1e-6)
+    first, *_, last = go_on(model.train(), optimizer, first=10)
+    assert last < first and not list(sites_of(model))
+    with pytest.raises(NotTransformedError, match="was folded already"):
+        decorr_fx.fold_(model)
 
 
 @distributed_test(world_size=[2])
@@ -76,8 +96,10 @@ def test_a_weight_that_is_not_finite_on_one_rank_leaves_R_the_same_on_all() -> N
 
 
 def sharded_packed() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a sharded model, of which one layer is sharded by itself, and its optimizer."""
     model = decorr_fx.transform(Packed())
-    fully_shard(model)
+    for module in (model.first, model):
+        fully_shard(module)
     return model, torch.optim.Adam(model.parameters(), lr=0.01)
 
 
@@ -128,6 +150,6 @@ def test_what_cannot_follow_while_it_is_sharded_is_told() -> None:
     before = whole_state(model)
     with pytest.raises(DistributedError, match=r"layer '0': its weight is sharded; only one.*overrides={'0': None}"):
         train(model, [torch.randn(3, 4, 5)])
-    with pytest.raises(DistributedError, match="layer '0': its weight is sharded over several ranks; gather"):
-        decorr_fx.fold(model)  # for which there is other advice
+    with pytest.raises(DistributedError, match="layer '0': its weight is sharded; only one"):
+        decorr_fx.fold_(model)
     assert all(torch.equal(value, before[key]) for key, value in whole_state(model).items())
