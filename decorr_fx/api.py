@@ -27,6 +27,7 @@ from decorr_fx.runtime import stepper
 from decorr_fx.runtime.attachment import skipped_of
 from decorr_fx.runtime.broadcast import follow_registrations
 from decorr_fx.runtime.report import Report, Stats, collect_stats, describe, site_records
+from decorr_fx.runtime.shard import reshard
 from decorr_fx.runtime.state import sites_of
 
 
@@ -255,7 +256,8 @@ def step(model: nn.Module) -> None:
         DistributedError: R is not the same on all ranks, or a weight that is sharded cannot follow it.
         LayerError: a weight was untied after `transform`.
     """
-    stepper.step_sites(sites_of(_transformed(model)))
+    reshard(inner := _transformed(model))
+    stepper.step_sites(sites_of(inner))
 
 
 def paused(model: nn.Module) -> AbstractContextManager[None]:

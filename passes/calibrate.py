@@ -11,6 +11,7 @@ from decorr_fx.errors import ConfigError, LayerError, ModelError
 from decorr_fx.passes.base import DecorrelatedLayer
 from decorr_fx.passes.example import Example, random_numbers_kept
 from decorr_fx.runtime import stepper
+from decorr_fx.runtime.shard import reshard
 from decorr_fx.runtime.state import Site, sites_of
 
 
@@ -35,6 +36,7 @@ def calibrate_sites(model: nn.Module, batches: Iterable[Any]) -> None:
             site.reset_moments()
         for number, batch in enumerate(batches):
             _run(model, batch, number)
+            reshard(model)  # weights that a forward has gathered are not those that follow R
             _check_rows(sites, number)
             stepper.move_recorded(sites)
     if number < 0:

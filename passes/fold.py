@@ -42,7 +42,6 @@ class FoldInPlace(Pass[nn.Module]):
 
     def requires(self, model: nn.Module) -> None:
         """The model is transformed, and its weights can follow R."""
-        reshard(model)
         for weight in _weights(model):
             weight.check()
 
@@ -57,11 +56,16 @@ class FoldInPlace(Pass[nn.Module]):
 
 
 def _weights(model: nn.Module) -> Iterator[SiteWeight]:
-    """Return the weights that R is applied to; there are some, or the model is refused."""
+    """Return the weights that R is applied to, of sharded ones the part that this rank holds.
+
+    Raises:
+        NotTransformedError: there is none.
+    """
     if next(sites_of(model), None) is None:
         raise NotTransformedError(
             f"{type(model).__name__} has no decorrelated layer: it is plain, or was folded already; use it as it is"
         )
+    reshard(model)
     return (weight for site in sites_of(model) for weight in site.weights)
 
 

@@ -80,6 +80,21 @@ def test_a_sharded_model_is_folded_where_it_is_and_trains_on() -> None:
 
 
 @distributed_test(world_size=[2])
+def test_a_forward_without_backward_leaves_weights_gathered_which_is_noticed() -> None:
+    model, x = fully_shard(decorr_fx.transform(nn.Linear(6, 4))), torch.randn(9, 6)
+    expected = model(x).detach()
+    decorr_fx.calibrate(model, [x + dist.get_rank(), -x])
+    assert decorr_fx.stats(model)[0].steps == 2
+    torch.testing.assert_close(model(x), expected)
+    decorr_fx.step(model)
+    assert decorr_fx.stats(model)[0].steps == 3
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    with pytest.raises(DistributedError, match="sharded over several ranks"):
+        decorr_fx.fold(model)
+
+
+@distributed_test(world_size=[2])
 def test_a_weight_that_is_not_finite_on_one_rank_leaves_R_the_same_on_all() -> None:
     model, optimizer = sharded_packed()
     model(torch.randn(4, 3, 6)).square().mean().backward()
