@@ -40,5 +40,6 @@ def _run(rank: int, world_size: int, store: str, check: Any, arguments: tuple[An
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        # a thread of gloo lets go of the last message a little later, for which it needs Python: it must not be gone
+        # a thread of gloo lets go of the last message a little later, for which it needs Python: it must not be gone;
+        # here for messages of torch itself, for those of ours decorr_fx sees to it
         sleep(0.1)

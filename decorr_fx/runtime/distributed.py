@@ -7,9 +7,12 @@ same rows, or from what one rank found in them, all compute the same R. Which of
 Sites are in the order in which they were made, which is the same on all ranks of a program.
 """
 
+import atexit
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
+from time import sleep
 from typing import Any
 
 import torch
@@ -99,6 +102,7 @@ class Exchange:
 
         It is one message, or two where all look at the rows of some sites, for each type and device that there is.
         """
+        _outlast_threads()
         maker = makers(sites, ranks())
         messages: list[ToAll | ToMakers] = []
         for group in grouped(sites, lambda site: (site in maker, *_kind(site))):
@@ -151,6 +155,16 @@ def check_same(sites: Sequence[Site]) -> None:
                 "load the same checkpoint on every rank before the first step"
             )
         site.same_on_all_ranks = True
+
+
+@cache
+def _outlast_threads() -> None:
+    """Let the process end a little later than it would; calling it again does nothing.
+
+    A thread of gloo lets go of a message some time after it has arrived, for which it needs the interpreter. Where
+    that is gone, it aborts the process: a training that ends right after a step of R would seem to have failed.
+    """
+    atexit.register(sleep, 0.1)
 
 
 def _kind(site: Site) -> tuple[torch.dtype, torch.device]:

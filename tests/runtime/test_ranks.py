@@ -1,7 +1,10 @@
 """Several ranks move R alike, on the rows of all of them: real gloo processes."""
 
+import atexit
 import copy
 from math import ceil
+from time import sleep
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +178,17 @@ def test_an_optimizer_around_another_one_moves_R_once() -> None:
         optimizer.step()
     assert_equal_on_all_ranks(model)
     assert [site.steps for site in decorr_fx.stats(model)] == [4, 4, 4]
+
+
+@distributed_test(world_size=[2])
+def test_a_process_that_has_sent_rows_ends_a_little_later() -> None:
+    """What it is for aborts one process of a dozen at its end, which no test can wait for."""
+    at_exit: list[tuple[Any, ...]] = []
+    model = decorr_fx.transform(network())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(atexit, "register", lambda *arguments: at_exit.append(arguments))
+        train(DistributedDataParallel(model), batches(2, dist.get_rank()))
+    assert at_exit == [(sleep, 0.1)]
 
 
 @distributed_test(world_size=[2])
