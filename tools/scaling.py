@@ -7,7 +7,6 @@ Models are on the meta device: nothing is allocated or run.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil
 
 import timm
 import torch
@@ -20,6 +19,7 @@ import decorr_fx
 from decorr_fx import DecorrConfig
 from decorr_fx.ops.cost import move_flops, own_flops
 from decorr_fx.runtime.divide import exchanged_bytes, look_flops, makers
+from decorr_fx.runtime.ranks import given_by_each
 from decorr_fx.runtime.state import Site, sites_of
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -64,7 +64,7 @@ def _rows(name: str, ranks: Sequence[int]) -> list[list[str]]:
 
 
 def _row_bytes(site: Site, ranks: int) -> int:
-    return ceil(site.spec.slots / ranks) * site.rows.shape[1] * site.rows.element_size()
+    return given_by_each(site.spec.slots, ranks) * site.rows.shape[1] * site.rows.element_size()
 
 
 def _own(site: Site) -> int:

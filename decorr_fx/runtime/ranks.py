@@ -12,10 +12,10 @@ def ranks() -> int:
 
 def given_by(rank: int, slots: int) -> range:
     """Return which of the rows of a step a rank gives: the last ranks may give fewer than others, or none."""
-    each = given_by_each(slots)
+    each = given_by_each(slots, ranks())
     return range(min(rank * each, slots), min((rank + 1) * each, slots))
 
 
-def given_by_each(slots: int) -> int:
-    """Return how many rows of a step a rank gives at most."""
-    return ceil(slots / ranks())
+def given_by_each(slots: int, ranks: int) -> int:
+    """Return how many rows of a step one of so many ranks gives at most."""
+    return ceil(slots / ranks)

@@ -13,7 +13,7 @@ from decorr_fx.ops.keep import keep_folded, keep_folded_op
 from decorr_fx.ops.product import full_precision
 from decorr_fx.ops.record import GOLDEN, ConvGeometry, conv_rows, linear_rows, recomputing, store_rows
 from decorr_fx.ops.structure import Layout, fold_taps, fold_weight, identity_factors, mix_channels, output_of_mean
-from decorr_fx.runtime.ranks import given_by_each
+from decorr_fx.runtime.ranks import given_by_each, ranks
 from decorr_fx.runtime.shard import is_sharded
 from decorr_fx.runtime.spec import SiteSpec
 from decorr_fx.runtime.weight import SiteWeight
@@ -58,7 +58,7 @@ class Site(nn.Module):
         self.same_on_all_ranks = False  # R has been checked to be
         like = self.weights[0].get()
         device, dtype = like.device, _at_least_float32(like.dtype)
-        layout, slots = spec.layout, given_by_each(spec.slots)
+        layout, slots = spec.layout, given_by_each(spec.slots, ranks())
         for name, factor in zip(spec.factor_names, identity_factors(layout, device, dtype), strict=True):
             self.register_buffer(name, factor)
         for name, shape in spec.moment_shapes.items():
@@ -138,7 +138,7 @@ class Site(nn.Module):
 
     def make_room(self) -> None:
         """Have room for the rows that this rank gives; those that are recorded stay, as far as they fit."""
-        slots = given_by_each(self.spec.slots)
+        slots = given_by_each(self.spec.slots, ranks())
         if len(self.rows) != slots:
             kept = self.rows[:slots]
             self.rows = self.rows.new_zeros(slots, self.rows.shape[1])
