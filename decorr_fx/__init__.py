@@ -13,11 +13,12 @@ from decorr_fx.errors import (
     NotTransformedError,
     PassError,
 )
-from decorr_fx.ops.subspace import Units
-from decorr_fx.passes.adapters import register_layer
+from decorr_fx.ops.prune.subspace import Units
+from decorr_fx.passes.capture.adapters import register_layer
 from decorr_fx.passes.export import ExportReport
-from decorr_fx.passes.prune_report import GroupRecord, ModelSize, PruneReport, PruneResult
-from decorr_fx.runtime.report import Report, SiteRecord, SiteStats, SkippedRecord, Stats
+from decorr_fx.passes.prune.report import GroupRecord, ModelSize, PruneReport, PruneResult
+from decorr_fx.runtime.report import Report, SiteRecord, SiteStats, Stats
+from decorr_fx.runtime.site.spec import SkippedRecord
 
 __version__ = "0.1.0"
 

@@ -10,25 +10,25 @@ from torch import nn
 
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import ConfigError, ModelError, NotTransformedError
-from decorr_fx.ops.orders import Order
-from decorr_fx.passes.base import copy_model
+from decorr_fx.inputs import Example
+from decorr_fx.ops.prune.orders import Order
 from decorr_fx.passes.calibrate import calibrate_sites
-from decorr_fx.passes.check import check_model
-from decorr_fx.passes.choose import Filter, Overrides, Settings
-from decorr_fx.passes.example import Example
+from decorr_fx.passes.capture.check import check_model
+from decorr_fx.passes.copies import copy_model
 from decorr_fx.passes.export import ExportOnnx, ExportReport
-from decorr_fx.passes.fold import FoldDecorrelation, FoldInPlace
-from decorr_fx.passes.insert import InsertDecorrelation
+from decorr_fx.passes.match.settings import Filter, Overrides, Settings
 from decorr_fx.passes.measure import measure_works
 from decorr_fx.passes.plan import Plan, make_plan
-from decorr_fx.passes.prune import Measure, PruneSettings, PruneUnits, Weighting
-from decorr_fx.passes.prune_report import PruneResult
-from decorr_fx.runtime import stepper
-from decorr_fx.runtime.attachment import skipped_of
-from decorr_fx.runtime.broadcast import follow_registrations
+from decorr_fx.passes.prune.prune import Measure, PruneSettings, PruneUnits, Weighting
+from decorr_fx.passes.prune.report import PruneResult
+from decorr_fx.passes.rewrite.fold import FoldDecorrelation, FoldInPlace
+from decorr_fx.passes.rewrite.insert import InsertDecorrelation
 from decorr_fx.runtime.report import Report, Stats, collect_stats, describe, site_records
-from decorr_fx.runtime.shard import reshard
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.runtime.site.attachment import skipped_of
+from decorr_fx.runtime.site.broadcast import follow_registrations
+from decorr_fx.runtime.site.shard import reshard
+from decorr_fx.runtime.site.state import sites_of
+from decorr_fx.runtime.step import hooks as stepper
 
 
 def transform(

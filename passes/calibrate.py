@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from decorr_fx.errors import ConfigError, LayerError, ModelError
-from decorr_fx.passes.base import DecorrelatedLayer
-from decorr_fx.passes.example import Example, random_numbers_kept
-from decorr_fx.runtime import stepper
-from decorr_fx.runtime.shard import reshard
-from decorr_fx.runtime.state import Site, sites_of
+from decorr_fx.inputs import Example, random_numbers_kept
+from decorr_fx.passes.rewrite.layer import DecorrelatedLayer
+from decorr_fx.runtime.site.shard import reshard
+from decorr_fx.runtime.site.state import Site, sites_of
+from decorr_fx.runtime.step import hooks as stepper
 
 
 def calibrate_sites(model: nn.Module, batches: Iterable[Any]) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from decorr_fx.errors import ExportError, ModelError
+from decorr_fx.inputs import Example, tensors_in
 from decorr_fx.passes.base import Pass
-from decorr_fx.passes.example import Example, tensors_in
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.runtime.site.state import sites_of
 
 TOLERANCE = 1e-4  # largest difference from a float32 model, relative to its largest output, that a file may show
 

@@ -5,15 +5,15 @@ from math import ceil, prod
 
 from torch import Tensor, nn
 
+from decorr_fx.inputs import Example, random_numbers_kept
 from decorr_fx.ops.calls import one_each
 from decorr_fx.ops.cost import REFERENCE_BATCH, Work
-from decorr_fx.ops.record import ConvGeometry
-from decorr_fx.passes.base import computed_tensors, copy_model
-from decorr_fx.passes.choose import Settings
-from decorr_fx.passes.example import Example, random_numbers_kept
-from decorr_fx.passes.insert import InsertDecorrelation
+from decorr_fx.ops.sample import ConvGeometry
+from decorr_fx.passes.copies import computed_tensors, copy_model
+from decorr_fx.passes.match.settings import Settings
 from decorr_fx.passes.plan import make_plan
-from decorr_fx.runtime.state import LIVE_SITES, Site, sites_of
+from decorr_fx.passes.rewrite.insert import InsertDecorrelation
+from decorr_fx.runtime.site.state import LIVE_SITES, Site, sites_of
 
 
 class MeasuredSite(Site):

@@ -10,15 +10,20 @@ from torch.nn.modules.conv import _ConvNd
 from decorr_fx.config import DecorrConfig
 from decorr_fx.errors import LayerError, ModelError
 from decorr_fx.ops.cost import Work, choose_layouts, own_flops, share_of_budget
-from decorr_fx.passes.choose import Settings
-from decorr_fx.passes.code import may_multiply
-from decorr_fx.passes.readers import Readers, check_readable, find_other_readers, find_readers, parameters_in_graph
-from decorr_fx.passes.share import Flow, group_by_input
-from decorr_fx.passes.source import Unmatched
-from decorr_fx.passes.trace import FUSED, Traced, is_opaque, is_quantised, trace_model
-from decorr_fx.passes.weights import FoundWeight, find_weights
-from decorr_fx.runtime.report import SkippedRecord
-from decorr_fx.runtime.spec import SiteSpec, WeightSpec
+from decorr_fx.passes.capture.code import may_multiply
+from decorr_fx.passes.capture.trace import FUSED, Traced, is_opaque, is_quantised, trace_model
+from decorr_fx.passes.match.readers import (
+    Readers,
+    check_readable,
+    find_other_readers,
+    find_readers,
+    parameters_in_graph,
+)
+from decorr_fx.passes.match.settings import Settings
+from decorr_fx.passes.match.shared_inputs import Flow, group_by_input
+from decorr_fx.passes.match.source import Unmatched
+from decorr_fx.passes.match.weights import FoundWeight, find_weights
+from decorr_fx.runtime.site.spec import SiteSpec, SkippedRecord, WeightSpec
 
 
 @dataclass(frozen=True)

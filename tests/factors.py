@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from decorr_fx.ops.structure import identity_factors
-from decorr_fx.runtime.state import Site
+from decorr_fx.ops.layout import identity_factors
+from decorr_fx.runtime.site.state import Site
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_once_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("decorr_fx/**/*.py")}
-    passes = {f"decorr_fx/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("passes/*.py")}
+    passes = {f"decorr_fx/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("passes/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == modules | passes
     assert "decorr_fx/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

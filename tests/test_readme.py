@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from zoo_report import coverage_table
 
 import decorr_fx
-from decorr_fx.passes import adapters
+from decorr_fx.passes.capture import adapters
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,7 +70,7 @@ def test_the_lines_for_pruning_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_adapter_makes_a_site_of_its_layer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("decorr_fx.passes.adapters._ADAPTERS", dict(adapters._ADAPTERS))
+    monkeypatch.setattr("decorr_fx.passes.capture.adapters._ADAPTERS", dict(adapters._ADAPTERS))
     names: dict[str, object] = {"decorr_fx": decorr_fx, "torch": torch}
     exec(ADAPTER, names)
     assert "1 sites" in capsys.readouterr().out

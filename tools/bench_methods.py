@@ -13,7 +13,7 @@ from torch.optim import Adam, Optimizer
 
 import decorr_fx
 from decorr_fx.config import DecorrConfig, StructureName
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.runtime.site.state import sites_of
 
 CLASSES = 100
 LINEARS = 3

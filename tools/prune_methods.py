@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from train_data import Batch
 
 import decorr_fx
-from decorr_fx.passes.moments import estimate_statistics
+from decorr_fx.passes.prune.moments import estimate_statistics
 
 HALVINGS = 8  # in the search for the ratio that meets a budget
 Importance = Callable[[], tp.importance.Importance]

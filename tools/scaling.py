@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import decorr_fx
 from decorr_fx import DecorrConfig
 from decorr_fx.ops.cost import move_flops, own_flops
-from decorr_fx.runtime.divide import exchanged_bytes, look_flops, makers
-from decorr_fx.runtime.ranks import given_by_each
-from decorr_fx.runtime.state import Site, sites_of
+from decorr_fx.runtime.site.ranks import given_by_each
+from decorr_fx.runtime.site.state import Site, sites_of
+from decorr_fx.runtime.step.divide import exchanged_bytes, look_flops, makers
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-50": torchvision.models.resnet50,

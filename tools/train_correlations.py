@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import decorr_fx
 from decorr_fx import DecorrConfig
-from decorr_fx.ops.structure import decorrelate_rows, stack_rows, unfold_mode
-from decorr_fx.runtime.state import Site, sites_of
+from decorr_fx.ops.layout import decorrelate_rows, stack_rows, unfold_mode
+from decorr_fx.runtime.site.state import Site, sites_of
 
 
 @dataclass(frozen=True)

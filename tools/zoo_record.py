@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from decorr_fx.runtime.report import SkippedRecord
+from decorr_fx.runtime.site.spec import SkippedRecord
 
 Status = Literal["passed", "failed", "skipped"]
 STAGES = ("build", "transform", "train", "eval", "step", "fold", "reload", "onnx", "compile")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decorr_fx.ops.record import ConvGeometry
-from decorr_fx.ops.structure import Layout
+from decorr_fx.ops.layout import Layout
+from decorr_fx.ops.sample import ConvGeometry
 
 _LINEAR = ("input", "weight", "bias")
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

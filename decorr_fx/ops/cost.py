@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from decorr_fx.config import DecorrConfig
-from decorr_fx.ops.structure import Layout
+from decorr_fx.ops.layout import Layout
 
 REFERENCE_BATCH = 128
 REFERENCE_ROWS = 4096  # that a layer maps in a step of which nothing but the weight is known

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from decorr_fx.ops.layout import Layout, fold_weight
 from decorr_fx.ops.product import full_precision
-from decorr_fx.ops.structure import Layout, fold_weight
 
 
 def keep_folded(kept: Tensor, W: Tensor, factors: Sequence[Tensor], layout: Layout) -> None:

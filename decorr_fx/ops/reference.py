@@ -12,8 +12,8 @@ from torch import Tensor
 
 from decorr_fx.config import RuleName
 from decorr_fx.ops.product import CONVOLUTIONS
-from decorr_fx.ops.rules import STEP_BOUND
 
+STEP_BOUND = 0.5  # of eps * lambda_max(G)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 

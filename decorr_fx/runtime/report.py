@@ -10,10 +10,10 @@ from tabulate import tabulate
 from torch import nn
 
 from decorr_fx.ops.cost import REFERENCE_BATCH, apply_flops, move_flops, own_flops
-from decorr_fx.runtime.divide import makers
-from decorr_fx.runtime.ranks import given_by_each, ranks
-from decorr_fx.runtime.spec import SiteSpec
-from decorr_fx.runtime.state import Site, sites_of
+from decorr_fx.runtime.site.ranks import given_by_each, ranks
+from decorr_fx.runtime.site.spec import SiteSpec, SkippedRecord
+from decorr_fx.runtime.site.state import Site, sites_of
+from decorr_fx.runtime.step.divide import makers
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,6 @@ def describe(spec: SiteSpec, element_size: int, made_by: int | None = None) -> I
             note="not centred: no bias of its own" if spec.config.center and not weight.centered else "",
             made_by=made_by,
         )
-
-
-@dataclass(frozen=True)
-class SkippedRecord:
-    """One conv or linear layer (or a module that holds some) that is left as it is, and why."""
-
-    fqn: str
-    kind: str
-    reason: str
 
 
 @dataclass(frozen=True)

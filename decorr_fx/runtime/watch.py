@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from decorr_fx.ops.calls import CALLS, Signature
-from decorr_fx.runtime.state import Site
+from decorr_fx.runtime.site.state import Site
 
 
 @dataclass(frozen=True)

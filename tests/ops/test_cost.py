@@ -21,9 +21,9 @@ from decorr_fx.ops.cost import (
     share_of_budget,
     waiting_flops,
 )
-from decorr_fx.ops.structure import Layout
-from decorr_fx.runtime.move import Move, move
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.ops.layout import Layout
+from decorr_fx.runtime.site.state import sites_of
+from decorr_fx.runtime.step.move import Move, move
 
 
 def plain_layout(layer: nn.Module) -> Layout:

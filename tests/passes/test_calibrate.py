@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import decorr_fx
 from decorr_fx import ConfigError, DecorrConfig, LayerError, ModelError, NotTransformedError
 from decorr_fx.ops import reference
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.runtime.site.state import sites_of
 
 
 def small() -> nn.Module:

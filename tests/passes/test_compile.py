@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import decorr_fx
 from decorr_fx import DecorrConfig
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.runtime.site.state import sites_of
 
 
 @pytest.fixture(autouse=True)

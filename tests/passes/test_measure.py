@@ -8,7 +8,7 @@ from torch import nn
 
 import decorr_fx
 from decorr_fx import ConfigError, DecorrConfig, ModelError
-from decorr_fx.runtime.state import LIVE_SITES, sites_of
+from decorr_fx.runtime.site.state import LIVE_SITES, sites_of
 
 
 def small_images() -> nn.Module:
@@ -88,7 +88,7 @@ def test_shared_inputs_count_once_and_shared_layers_each_time() -> None:
             return self.twice(self.twice(self.q(x) + self.k(x)))
 
     model = decorr_fx.transform(Shared(), example_inputs=torch.randn(2, 10, 16))
-    rows = {site.spec.fqn: site.spec.work.rows for site in decorr_fx.runtime.state.sites_of(model)}
+    rows = {site.spec.fqn: site.spec.work.rows for site in decorr_fx.runtime.site.state.sites_of(model)}
     assert rows == {"q": 1280, "twice": 2560}
 
 

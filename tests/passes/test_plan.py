@@ -9,7 +9,7 @@ from transformers import MixtralConfig, MixtralModel
 
 import decorr_fx
 from decorr_fx import ConfigError, DecorrConfig, LayerError, ModelError
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.runtime.site.state import sites_of
 
 
 def reasons(model: nn.Module, **arguments: object) -> dict[str, str]:

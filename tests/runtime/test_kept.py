@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import decorr_fx
 from decorr_fx import DecorrConfig
-from decorr_fx.runtime.state import Site, sites_of
+from decorr_fx.runtime.site.state import Site, sites_of
 
 X = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
 

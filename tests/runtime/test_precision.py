@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import decorr_fx
 from decorr_fx import DecorrConfig
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.runtime.site.state import sites_of
 
 CONFIG = DecorrConfig(update_every=2)
 HALVES = [torch.bfloat16, torch.float16]

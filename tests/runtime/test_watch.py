@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import decorr_fx
-from decorr_fx.passes.base import Watched
-from decorr_fx.runtime.state import sites_of
+from decorr_fx.passes.rewrite.layer import Watched
+from decorr_fx.runtime.site.state import sites_of
 
 
 class Behind(nn.Module):

@@ -24,7 +24,7 @@ from zoo_settings import Limits, UsageError, matches
 from zoo_weights import WeightFinder, layer_weights, parameter_names, split_weights
 
 from decorr_fx import Report
-from decorr_fx.runtime.report import SkippedRecord
+from decorr_fx.runtime.site.spec import SkippedRecord
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = Limits(onnx=False)

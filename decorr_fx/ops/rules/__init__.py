@@ -1,0 +1,1 @@
+"""Rules: how R moves, given rows of its input."""

@@ -1,0 +1,1 @@
+"""The state of a site: its R, its weights, checkpoints and shards."""

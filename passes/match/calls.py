@@ -1,0 +1,129 @@
+"""Matching: find every call of a conv or linear in a graph. Matchers return data and change nothing.
+
+What is matched is the functional call: `F.linear`, `F.conv*`, or a product with a matrix that only parameters make.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from decorr_fx.ops.calls import CALLS, METHODS, OTHER_PRODUCTS, Signature
+from decorr_fx.ops.layout import Layout
+from decorr_fx.ops.sample import ConvGeometry
+from decorr_fx.passes.match.source import Source, Unmatched, ancestors_of, find_source
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a conv or linear in a graph, with its arguments by name and its weight's source."""
+
+    node: fx.Node
+    kind: str
+    arguments: Mapping[str, Any]
+    source: Source
+    geometry: ConvGeometry | None
+
+    @property
+    def layout(self) -> Layout:
+        """How the parameter is read as rows."""
+        return self.source.layout
+
+    @property
+    def direct(self) -> bool:
+        """Whether the call is made on the very parameter, or rows of it, and not on what is computed from it."""
+        return self.arguments["weight"] is self.source.node and not self.source.inner
+
+    @property
+    def bias_path(self) -> str | None:
+        """Path of the bias if it and the weight are plain attributes, else None: no place to fold a mean into."""
+        bias = self.arguments["bias"]
+        direct = isinstance(bias, fx.Node) and bias.op == "get_attr" and not self.source.between
+        return str(bias.target) if direct else None
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a site's weight: in the train or eval graph of the layer `piece`."""
+
+    piece: str
+    training: bool
+    call: Call
+
+    @property
+    def parameter_fqn(self) -> str:
+        """Name of the parameter in the whole model."""
+        return f"{self.piece}.{self.call.source.path}" if self.piece else self.call.source.path
+
+
+def signature_of(node: fx.Node, module: nn.Module) -> Signature | None:
+    """Return the signature of the conv or linear that a node of a graph of `module` calls, or None."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    signature = CALLS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
+    if signature is not None and signature.product:
+        weight = signature.bind(node.args, node.kwargs)["weight"]
+        return signature if isinstance(weight, fx.Node) and _is_weight(weight, module) else None
+    return signature
+
+
+def name_of_call(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_other_product(node: fx.Node, module: nn.Module) -> bool:
+    """Tell whether the node multiplies by a parameter in a way that is not matched: by `einsum`, or from the left."""
+    known = CALLS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
+    product = known.product if known is not None else name_of_call(node) in OTHER_PRODUCTS
+    if not product or signature_of(node, module) is not None:
+        return False
+    return any(_is_weight(argument, module) for argument in node.all_input_nodes)
+
+
+def _is_weight(node: fx.Node, module: nn.Module) -> bool:
+    """Tell whether the node's value is computed from parameters alone, one of them a matrix at least."""
+    reads = [n for n in ancestors_of(node) if n.op not in ("call_function", "call_method")]
+    found = [t for n in reads if n.op != "placeholder" for t in _tensors_of(module, str(n.target))]
+    matrices = [t for t in found if isinstance(t, nn.Parameter) and t.dim() > 1]
+    return bool(matrices) and all(n.op != "placeholder" for n in reads)
+
+
+def _tensors_of(module: nn.Module, path: str) -> list[Any]:
+    found = _attribute(module, path)
+    return list(found.parameters()) if isinstance(found, nn.Module) else [found]
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def match_call(node: fx.Node, module: nn.Module) -> Call:
+    """Read one call in a graph of `module`.
+
+    Raises:
+        Unmatched: the call cannot be decorrelated; the message is the reason.
+    """
+    signature = signature_of(node, module)
+    assert signature is not None
+    arguments = signature.bind(node.args, node.kwargs)
+    _check_fixed(arguments)
+    source = find_source(arguments["weight"], module, lambda shape: signature.layout(arguments["groups"], shape))
+    if len(source.shape) != signature.spatial + 2:
+        dimensions = f"{len(source.shape)} dimensions, a {signature.kind} needs {signature.spatial + 2}"
+        raise Unmatched(f"its weight has {dimensions}")
+    return Call(node, signature.kind, arguments, source, signature.geometry(arguments, source.shape))
+
+
+def _check_fixed(arguments: Mapping[str, Any]) -> None:
+    if isinstance(arguments["groups"], fx.Node):
+        raise Unmatched("its number of groups is computed in the forward")
+    geometry = (arguments[name] for name in ("stride", "padding", "dilation"))
+    if any(isinstance(leaf, fx.Node) for value in geometry for leaf in _leaves(value)):
+        raise Unmatched("its stride, padding or dilation are computed in the forward")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    return iter(value) if isinstance(value, tuple | list) else iter([value])

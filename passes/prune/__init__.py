@@ -1,0 +1,1 @@
+"""Prune: units followed through an exported graph, measured and cut."""

@@ -1,0 +1,1 @@
+"""Rewrite: insert what decorrelates, and take it out again."""
