@@ -1,7 +1,21 @@
-"""Decorrelated backpropagation for PyTorch: faster learning, and a plain model at the end."""
+"""Decorrelated backpropagation for PyTorch: faster learning, and a plain model at all times."""
 
-from decorr_fx.api import calibrate, export_onnx, fold, fold_, paused, prune, report, stats, step, transform
-from decorr_fx.config import DecorrConfig
+from decorr_fx.api import (
+    calibrate,
+    export_onnx,
+    fold,
+    fold_,
+    matrices,
+    paused,
+    prune,
+    report,
+    state_keys,
+    stats,
+    stepping,
+    transform,
+    transform_,
+)
+from decorr_fx.config import Crgd, Dbp, Power, Rule
 from decorr_fx.errors import (
     CheckpointError,
     ConfigError,
@@ -17,15 +31,18 @@ from decorr_fx.ops.prune.subspace import Units
 from decorr_fx.passes.capture.adapters import register_layer
 from decorr_fx.passes.export import ExportReport
 from decorr_fx.passes.prune.report import GroupRecord, ModelSize, PruneReport, PruneResult
-from decorr_fx.runtime.report import Report, SiteRecord, SiteStats, Stats
+from decorr_fx.runtime.report import Report, SiteRecord
+from decorr_fx.runtime.site import broadcast  # noqa: F401 - DistributedDataParallel leaves the buffers of sites alone
 from decorr_fx.runtime.site.spec import SkippedRecord
+from decorr_fx.runtime.stats import SiteStats, Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
-    "DecorrConfig",
+    "Crgd",
+    "Dbp",
     "DecorrError",
     "DistributedError",
     "ExportError",
@@ -36,9 +53,11 @@ __all__ = [
     "ModelSize",
     "NotTransformedError",
     "PassError",
+    "Power",
     "PruneReport",
     "PruneResult",
     "Report",
+    "Rule",
     "SiteRecord",
     "SiteStats",
     "SkippedRecord",
@@ -48,11 +67,14 @@ __all__ = [
     "export_onnx",
     "fold",
     "fold_",
+    "matrices",
     "paused",
     "prune",
     "register_layer",
     "report",
+    "state_keys",
     "stats",
-    "step",
+    "stepping",
     "transform",
+    "transform_",
 ]

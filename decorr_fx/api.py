@@ -6,89 +6,101 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from decorr_fx.config import DecorrConfig
+from decorr_fx.config import Power, Rule
 from decorr_fx.errors import ConfigError, ModelError, NotTransformedError
 from decorr_fx.inputs import Example
 from decorr_fx.ops.prune.orders import Order
 from decorr_fx.passes.calibrate import calibrate_sites
 from decorr_fx.passes.capture.check import check_model
 from decorr_fx.passes.copies import copy_model
+from decorr_fx.passes.count import count_rows
 from decorr_fx.passes.export import ExportOnnx, ExportReport
 from decorr_fx.passes.match.settings import Filter, Overrides, Settings
-from decorr_fx.passes.measure import measure_works
 from decorr_fx.passes.plan import Plan, make_plan
 from decorr_fx.passes.prune.prune import Measure, PruneSettings, PruneUnits, Weighting
 from decorr_fx.passes.prune.report import PruneResult
-from decorr_fx.passes.rewrite.fold import FoldDecorrelation, FoldInPlace
+from decorr_fx.passes.rewrite.fold import FoldDecorrelation
 from decorr_fx.passes.rewrite.insert import InsertDecorrelation
-from decorr_fx.runtime.report import Report, Stats, collect_stats, describe, site_records
+from decorr_fx.runtime.report import Report, describe, site_records
 from decorr_fx.runtime.site.attachment import skipped_of
-from decorr_fx.runtime.site.broadcast import follow_registrations
-from decorr_fx.runtime.site.shard import reshard
-from decorr_fx.runtime.site.state import sites_of
-from decorr_fx.runtime.step import hooks as stepper
+from decorr_fx.runtime.site.ranks import Ranks
+from decorr_fx.runtime.site.state import Site, sites_of
+from decorr_fx.runtime.stats import Stats, collect_stats
+from decorr_fx.runtime.step import hooks
 
 
 def transform(
     model: nn.Module,
-    config: DecorrConfig | None = None,
+    rule: Rule | None = None,
     *,
-    example_inputs: Any = None,
     filter_fn: Filter | None = None,
     overrides: Overrides | None = None,
+    process_group: Any = None,
 ) -> nn.Module:
-    """Return a copy of the model that decorrelates the input of its conv and linear layers while it trains.
+    """Return a copy of the model whose conv and linear layers learn on decorrelated inputs.
 
-    The model itself is not changed; parameters and buffers are shared with it, so that an optimizer made before goes on
-    working. Outputs are those of the model until R moves, which happens right after a step of the optimizer that owns
-    a layer's weight (any `torch.optim.Optimizer`): the training loop stays as it is. From then on the shared
-    weights make sense to the copy only; `fold` it to get a plain model back. Source: arXiv 2405.02385.
+    Parameters and buffers are those of the model itself: both compute the same at all times, and an optimizer made
+    before goes on working. Around each step of an optimizer that owns a layer's weight (any `torch.optim.Optimizer`;
+    see `stepping` for others), the gradient and the move of the weight are multiplied by the layer's R, and R moves;
+    the training loop stays as it is. Source: arXiv 2405.02385.
 
     Args:
         model: a plain module: transform before compiling or wrapping it.
-        config: the settings of all layers; `DecorrConfig()` if None.
-        example_inputs: what the model is called with in training: a tensor, a tuple of positional arguments, or a dict
-            of keyword arguments; dimension 0 of each tensor is the batch. A copy of the model runs on them once, to see
-            how many rows an example gives each layer: by that `report` counts what R costs, and for rules of small
-            steps `structure="auto"` is chosen. How many examples there are makes no difference.
+        rule: how R moves, of all layers; `Power()` if None.
         filter_fn: called with (module, fqn) of each layer; the layer is left alone where it returns False.
-        overrides: other settings for layers whose whole fqn matches a regular expression, or None for "leave alone";
-            the first pattern that matches counts.
+        overrides: other rules for some layers, or None for "leave alone". A key is the fqn of a layer, as `report`
+            prints it, or a regular expression that matches a whole fqn; a name goes before a pattern, then the first
+            one counts.
+        process_group: the ranks that train the model together; the default group if None.
 
     Raises:
-        ModelError: the model is no module, has no layer to decorrelate, is compiled, wrapped or transformed already,
-            or does not run on `example_inputs`.
+        ModelError: the model is no module, has no layer to decorrelate, or is compiled, wrapped or transformed already.
         LayerError: a layer is lazy, or has a complex or integer weight.
-        ConfigError: a setting is wrong, or a pattern matches no layer.
+        ConfigError: a setting is wrong, or a key of `overrides` matches no layer.
     """
-    plan = _plan(check_model(model), config, example_inputs, filter_fn, overrides)
-    stepper.follow_optimizers()
-    follow_registrations()
-    return InsertDecorrelation(plan)(model)
+    return _transform(model, _settings(rule, filter_fn, overrides), process_group, in_place=False)
+
+
+def transform_(
+    model: nn.Module,
+    rule: Rule | None = None,
+    *,
+    filter_fn: Filter | None = None,
+    overrides: Overrides | None = None,
+    process_group: Any = None,
+) -> nn.Module:
+    """Do what `transform` does to the model itself, and return it. After an error it is as it was."""
+    return _transform(model, _settings(rule, filter_fn, overrides), process_group, in_place=True)
+
+
+def _transform(model: nn.Module, settings: Settings, process_group: Any, in_place: bool) -> nn.Module:
+    with torch.inference_mode(False):  # R is to be changed in place, and an inference tensor cannot
+        plan = make_plan(check_model(model), settings)
+        return InsertDecorrelation(plan, Ranks(process_group), in_place)(model)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Set every R of a transformed model by a few batches before training; the network's function stands still.
+    """Set every R of a transformed model by a few batches before training; no weight and no output changes.
 
     Without this, R starts at the identity and is learned from the first steps of training on. Every batch weighs the
     same, with `max_samples` of its rows at most; what R was before does not count. Forwards run without gradients, each
     module in the mode that it is in, but for the decorrelated layers, which record as in train mode. Statistics of
-    BatchNorm, random numbers and modes are afterwards what they were. The weights move, so that a plain model which
-    shares them no longer computes the same. Needs room for a second copy of the weights and buffers while it runs.
+    BatchNorm, random numbers and modes are afterwards what they were.
 
     Args:
-        model: a transformed model, of the rule `power`.
+        model: a transformed model, of the rule `Power`.
         batches: what the model is called with, without labels, one after another: each a tensor, a tuple of positional
             arguments, or a dict of keyword arguments. Of several ranks each gives as many.
 
     Raises:
         NotTransformedError: the model is plain.
-        ConfigError: the rule of a layer is not `power`, it is centred, or its weight does not follow R.
+        ConfigError: the rule of a layer is not `Power`, or a step of its R changes the function.
         ModelError: there is no batch, the model does not run on one, or every R is paused or has a frozen weight.
-        LayerError: a batch gives a layer inputs that are not finite, or a weight was untied after `transform`.
-        DistributedError: R is not the same on all ranks, or a weight that is sharded cannot follow it.
+        LayerError: a batch gives a layer inputs that are not finite.
+        DistributedError: R is not the same on all ranks.
 
     After any error, of the batches' own too, the model is as it was.
     """
@@ -96,34 +108,27 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Return a plain copy of a transformed model: the original class, names and shapes, with R folded into the weights.
+    """Return a plain copy of a transformed model, or of a part of one: its own classes, without R.
 
-    The transformed model is not changed and can train on. A compiled or DDP-wrapped model is unwrapped first. Outputs
-    equal those of the model in eval mode; `state_dict()` loads into the original class. `fold_` makes no copy.
+    The weights are those of the model, which is not changed and can train on. A compiled or DDP-wrapped model is
+    unwrapped first. `state_dict()` loads into the original class. `fold_` makes no copy.
 
     Raises:
         NotTransformedError: the model is plain, or was folded already.
-        LayerError: a weight was pruned, parametrized or untied after `transform`.
-        DistributedError: a weight is sharded over several ranks.
+        ModelError: the model cannot be copied.
     """
-    return FoldDecorrelation()(_unwrapped(model))
+    return FoldDecorrelation(in_place=False)(_unwrapped(model))
 
 
 def fold_(model: nn.Module) -> nn.Module:
     """Make a transformed model plain where it is, and return it: what `fold` does, without a copy.
 
-    For models of which a second copy has no room, and for those that `fully_shard` has cut: each rank folds the rows
-    that it holds, the model stays sharded, and is saved as any sharded model is. All ranks call it; nothing is sent.
-    An optimizer goes on owning the parameters, but what it remembers of their gradients is of the weights before.
+    A model that `fully_shard` has cut stays sharded. An optimizer goes on as for the plain model.
 
     Raises:
         NotTransformedError: the model is plain, or was folded already.
-        LayerError: a weight was pruned, parametrized or untied after `transform`.
-        DistributedError: a weight is sharded in a way in which it cannot follow R.
-
-    After an error the model is as it was.
     """
-    return FoldInPlace()(_unwrapped(model))
+    return FoldDecorrelation(in_place=True)(_unwrapped(model))
 
 
 def export_onnx(
@@ -147,11 +152,10 @@ def export_onnx(
     Raises:
         ExportError: the path cannot be written, the model does not accept the inputs or cannot be exported, a package
             is missing, or onnxruntime does not agree with the model. No file is left then.
-        LayerError, DistributedError: the model cannot be folded, see `fold`.
     """
     model = _unwrapped(model)
     transformed = next(sites_of(model), None) is not None
-    plain = FoldDecorrelation()(model) if transformed else copy_model(model, shared=[])
+    plain = FoldDecorrelation(in_place=False)(model) if transformed else copy_model(model, shared=[])
     plain.eval()  # which a user's own train() may let return None
     return ExportOnnx(Path(path), Example.of(example_inputs), dynamic_batch, verify)(plain)
 
@@ -213,7 +217,7 @@ def prune(
 
 def report(
     model: nn.Module,
-    config: DecorrConfig | None = None,
+    rule: Rule | None = None,
     *,
     example_inputs: Any = None,
     filter_fn: Filter | None = None,
@@ -223,18 +227,55 @@ def report(
 
     Before `transform` it is the plan that the same arguments would lead to; of a transformed model it is what was done.
 
+    Args:
+        model: plain or transformed.
+        rule: as in `transform`.
+        example_inputs: what the model is called with in a training step: a tensor, a tuple of positional arguments, or
+            a dict of keyword arguments. A copy of the plain model runs on them once, and the rows of each layer are
+            counted, by which costs are given; without them 4096 rows are assumed.
+        filter_fn: as in `transform`.
+        overrides: as in `transform`.
+
     Raises:
         ConfigError: settings were given for a model that is transformed already.
-        ModelError: as `transform`, for a plain model.
+        ModelError: as `transform`, for a plain model; or it does not run on `example_inputs`.
     """
-    inner = _unwrapped(model)
-    if next(sites_of(inner), None) is not None:
-        if any(setting is not None for setting in (config, example_inputs, filter_fn, overrides)):
-            raise ConfigError("the model is transformed already: report(model) alone tells what was done")
-        return Report(tuple(site_records(inner)), skipped_of(inner))
-    plan = _plan(check_model(model), config, example_inputs, filter_fn, overrides)
-    records = (record for site in plan.sites for record in describe(site.spec, site.element_size))
-    return Report(tuple(records), plan.skipped)
+    inner, example = _unwrapped(model), None if example_inputs is None else Example.of(example_inputs)
+    if next(sites_of(inner), None) is None:
+        plan = make_plan(check_model(model), _settings(rule, filter_fn, overrides))
+        rows = count_rows(plan, example) if example else {}
+        counted = ((site, rows.get(site.spec.fqn, 0)) for site in plan.sites)
+        records = (one for site, count in counted for one in describe(site.spec, site.element_size, count))
+        return Report(tuple(records), plan.skipped, example is not None)
+    if any(setting is not None for setting in (rule, filter_fn, overrides)):
+        raise ConfigError("the model is transformed already: report(model, example_inputs=...) tells what was done")
+    rows = count_rows(_plan_of_plain(inner), example) if example else {}
+    return Report(tuple(site_records(inner, rows)), skipped_of(inner), example is not None)
+
+
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    """Return R of every site as dense matrices `[groups, d, d]`, by the name of the site, for inspection.
+
+    `z = R x` for rows x of the layer's input, of which the features are channel-major.
+
+    Raises:
+        NotTransformedError: the model is plain.
+    """
+    return {site.spec.fqn: site.dense() for site in sites_of(_transformed(model))}
+
+
+def state_keys(model: nn.Module) -> set[str]:
+    """Return the keys of `model.state_dict()` that are of R, and not of the plain model.
+
+    They let training go on bit for bit. A checkpoint without them is one of the plain model: its weights are right in
+    either, and R of a transformed model that loads it stays as it is.
+
+    Raises:
+        NotTransformedError: the model is plain.
+    """
+    inner = _transformed(model)
+    names = [name for name, module in inner.named_modules(remove_duplicate=False) if isinstance(module, Site)]
+    return {key for key in inner.state_dict() if key.startswith(tuple(f"{name}." for name in names))}
 
 
 def stats(model: nn.Module) -> Stats:
@@ -246,41 +287,37 @@ def stats(model: nn.Module) -> Stats:
     return collect_stats(sites_of(_transformed(model)))
 
 
-def step(model: nn.Module) -> None:
-    """Tell the model that its weights have changed, for a loop whose optimizer is not a `torch.optim.Optimizer`.
+def stepping(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context for a step that is not that of a `torch.optim.Optimizer`: weights are to move inside of it.
 
-    Every R moves at one of `update_every` calls, the first one among them; a site that recorded nothing does not move.
+    `with decorr_fx.stepping(model): ...` does what is otherwise done around `optimizer.step()`: on entry the gradients
+    are mapped to coordinates of the decorrelated inputs, in place; on exit the moves of the weights are mapped back,
+    and R moves where it is due.
 
     Raises:
         NotTransformedError: the model is plain.
-        DistributedError: R is not the same on all ranks, or a weight that is sharded cannot follow it.
-        LayerError: a weight was untied after `transform`.
+        DistributedError: R is not the same on all ranks, or a weight is sharded in a way in which rows are not whole.
+        LayerError: a weight was pruned or parametrized after `transform`.
     """
-    reshard(inner := _transformed(model))
-    stepper.step_sites(sites_of(inner))
+    return hooks.stepping_sites(_transformed(model))
 
 
 def paused(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which no R of the model moves; rows not used by its end are dropped.
+    """Return a context in which no R of the model moves; steps of weights go through R as it is.
 
     Raises:
         NotTransformedError: the model is plain.
     """
-    return stepper.paused_sites(_transformed(model))
+    return hooks.paused_sites(_transformed(model))
 
 
-def _plan(
-    model: nn.Module,
-    config: DecorrConfig | None,
-    example_inputs: Any,
-    filter_fn: Filter | None,
-    overrides: Overrides | None,
-) -> Plan:
-    if config is not None and not isinstance(config, DecorrConfig):
-        raise ConfigError(f"config is {config!r}; use a DecorrConfig")
-    settings = Settings(config or DecorrConfig(), filter_fn, overrides or {})
-    works = {} if example_inputs is None else measure_works(model, settings, Example.of(example_inputs))
-    return make_plan(model, settings, works)
+def _settings(rule: Rule | None, filter_fn: Filter | None, overrides: Overrides | None) -> Settings:
+    return Settings(Power() if rule is None else rule, filter_fn, {} if overrides is None else overrides)
+
+
+def _plan_of_plain(model: nn.Module) -> Plan:
+    """Return a plan for the plain copy of a transformed model that has the sites of the model, by their names."""
+    return make_plan(FoldDecorrelation(in_place=False)(model), _settings(None, None, None))
 
 
 def _transformed(model: nn.Module) -> nn.Module:

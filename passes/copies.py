@@ -1,13 +1,17 @@
 """Copies of a model: which objects they share with it, and which are their own."""
 
+import gc
 from collections.abc import Iterable
 from copy import deepcopy
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from decorr_fx.errors import ModelError
+
+# what a deep copy shares
+ATOMS = (type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes, int, float, complex, bool, type(None))
 
 
 def copy_model(model: nn.Module, shared: Iterable[object], detached: Iterable[Tensor] = ()) -> nn.Module:
@@ -41,7 +45,21 @@ def computed_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def plain_tensors(model: nn.Module) -> list[Tensor]:
-    """Return the tensors that are neither parameters nor buffers but in attributes, as hooks and caches leave them."""
+    """Return the tensors that are neither parameters nor buffers but in attributes, as hooks and caches leave them.
+
+    Those in lists, dicts and objects of any class, too, as deep as a deep copy would go.
+    """
     registered = ("_parameters", "_buffers", "_modules")
-    values = [v for module in model.modules() for name, v in vars(module).items() if name not in registered]
-    return [leaf for value in values for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    modules = list(model.modules())
+    waiting = [value for module in modules for name, value in vars(module).items() if name not in registered]
+    known, found = {*map(id, modules)}, []
+    while waiting:
+        value = waiting.pop()
+        if id(value) in known or isinstance(value, ATOMS):
+            continue
+        known.add(id(value))
+        if isinstance(value, Tensor):
+            found.append(value)
+        else:
+            waiting += gc.get_referents(value)
+    return found

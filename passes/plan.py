@@ -1,24 +1,17 @@
 """Planning: which weights become sites and with which settings, which share one R, and why the others do not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from decorr_fx.config import DecorrConfig
+from decorr_fx.config import Rule
 from decorr_fx.errors import LayerError, ModelError
-from decorr_fx.ops.cost import Work, choose_layouts, own_flops, share_of_budget
+from decorr_fx.ops.cost import choose_layouts
 from decorr_fx.passes.capture.code import may_multiply
-from decorr_fx.passes.capture.trace import FUSED, Traced, is_opaque, is_quantised, trace_model
-from decorr_fx.passes.match.readers import (
-    Readers,
-    check_readable,
-    find_other_readers,
-    find_readers,
-    parameters_in_graph,
-)
+from decorr_fx.passes.capture.trace import Traced, has_own_forward, is_opaque, is_quantised, trace_model
+from decorr_fx.passes.match.readers import check_readers, find_readers
 from decorr_fx.passes.match.settings import Settings
 from decorr_fx.passes.match.shared_inputs import Flow, group_by_input
 from decorr_fx.passes.match.source import Unmatched
@@ -27,44 +20,34 @@ from decorr_fx.runtime.site.spec import SiteSpec, SkippedRecord, WeightSpec
 
 
 @dataclass(frozen=True)
-class WeightPlan:
-    """A weight that R is to be applied to, and the modules whose forward runs as it is and reads it.
-
-    The layout in `spec` is that of the plain weight until the site's structure is chosen.
-    """
-
-    weight: FoundWeight
-    spec: WeightSpec
-    config: DecorrConfig
-    watched_in: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class SitePlan:
     """A site to be made: its specification and its weights."""
 
     spec: SiteSpec
-    weights: tuple[WeightPlan, ...]
+    weights: tuple[FoundWeight, ...]
 
     @property
     def element_size(self) -> int:
         """Bytes of one number of R: R is float32 at least."""
-        return max(4, self.weights[0].weight.parameter.element_size())
+        return max(4, self.weights[0].parameter.element_size())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All sites to be made, the graphs that they are made in, and the layers that are left as they are."""
+    """All sites to be made, the graphs that they were found in, and the layers that are left as they are."""
 
     traced: Traced
     sites: tuple[SitePlan, ...]
     skipped: tuple[SkippedRecord, ...]
 
+    def is_hooked(self, weight: FoundWeight, piece: str) -> bool:
+        """Tell whether the input of `piece` is that of its call of the weight: torch's own layers, but padded ones."""
+        calls = [use.call for use in weight.uses if use.piece == piece]
+        return self.traced.is_layer(piece) and weight.rows is None and all(call.takes_input for call in calls)
 
-def make_plan(model: nn.Module, settings: Settings, works: Mapping[str, Work] = MappingProxyType({})) -> Plan:
+
+def make_plan(model: nn.Module, settings: Settings) -> Plan:
     """Decide for every conv and linear of the model; the model is not changed.
-
-    `works` holds what is known of the work of a site, by its fqn.
 
     Raises:
         LayerError: a layer that would be a site has a weight that cannot be decorrelated.
@@ -72,45 +55,23 @@ def make_plan(model: nn.Module, settings: Settings, works: Mapping[str, Work] = 
         ConfigError: an override matches no layer.
     """
     traced = trace_model(model)
-    weights, skipped = _find_weights(traced)
+    weights, skipped = find_weights(traced)
     readers = find_readers(traced)
-    chosen = []
+    chosen: list[tuple[FoundWeight, Rule]] = []
     for weight in weights:
         try:
-            config = settings.choose(model.get_submodule(weight.place.piece), weight.fqn)
-            chosen.append(_plan_weight(weight, config, traced, readers))
+            rule = settings.choose(model.get_submodule(weight.piece), weight.fqn)
+            _check_dtype(weight.fqn, weight.parameter)
+            check_readers(weight, readers)
+            chosen.append((weight, rule))
         except Unmatched as reason:
             skipped.append(SkippedRecord(weight.fqn, weight.kind, str(reason)))
     skipped += [*_opaque_layers(traced), *_unseen_products(traced, weights)]
-    settings.check_all_match([*(plan.weight.fqn for plan in chosen), *(record.fqn for record in skipped)])
+    settings.check_all_match([*(weight.fqn for weight, _ in chosen), *(record.fqn for record in skipped)])
     if not chosen:
         reasons = "".join(f"; {s.fqn or '(root)'}: {s.reason}" for s in skipped[:3])
         raise ModelError(f"{type(model).__name__} has no conv or linear layer to decorrelate{reasons}")
-    return Plan(traced, tuple(_sites(chosen, traced, works)), tuple(skipped))
-
-
-def _find_weights(traced: Traced) -> tuple[list[FoundWeight], list[SkippedRecord]]:
-    """Find all weights; a module that reads one of them in another way, too, is to run as it is."""
-    weights, skipped = find_weights(traced)
-    others = find_other_readers(weights, traced)
-    if not others:
-        return weights, skipped
-    for piece, reason in others.items():
-        traced.run_as_it_is(piece, reason)
-    return find_weights(traced)
-
-
-def _plan_weight(weight: FoundWeight, config: DecorrConfig, traced: Traced, readers: Readers) -> WeightPlan:
-    fqn, watched_in = weight.fqn, tuple(readers.forwards[id(weight.parameter)])
-    _check_dtype(fqn, weight.parameter)
-    check_readable(weight, readers)
-    for use in weight.uses:
-        if (use.call.layout, use.call.geometry) != (weight.layout, weight.geometry):
-            raise Unmatched(
-                f"its weight is also used by {use.piece!r}, which reads it in another way ({use.call.kind})"
-            )
-    centered = config.center and not watched_in and _has_own_bias(weight, traced, readers)
-    return WeightPlan(weight, WeightSpec(fqn, weight.kind, weight.layout, centered), config, watched_in)
+    return Plan(traced, tuple(_sites(chosen, traced)), tuple(skipped))
 
 
 def _check_dtype(fqn: str, weight: Tensor) -> None:
@@ -120,55 +81,22 @@ def _check_dtype(fqn: str, weight: Tensor) -> None:
                               f"leave it alone with overrides={{{fqn!r}: None}}")  # fmt: skip
 
 
-def _has_own_bias(weight: FoundWeight, traced: Traced, readers: Readers) -> bool:
-    """Tell whether the calls of a weight have one bias that nothing else reads: a mean can be folded into it."""
-    paths = {(use.piece, use.call.bias_path) for use in weight.uses}
-    piece, path = paths.pop() if paths else ("", None)
-    if paths or path is None:
-        return False
-    bias = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False)).get(path)
-    if bias is None or readers.owners[id(bias)] or readers.forwards[id(bias)] or id(bias) in readers.unseen:
-        return False
-    return _users_of(bias, traced) <= {use.call.node for use in weight.uses}
-
-
-def _users_of(parameter: Tensor, traced: Traced) -> set[object]:
-    """Return all nodes of all graphs that use the parameter."""
-    users: set[object] = set()
-    for piece, graphs in traced.graphs.items():
-        known = dict(traced.scratch.get_submodule(piece).named_parameters(remove_duplicate=False))
-        for node in (*graphs.train.nodes, *graphs.evaluate.nodes):
-            if node.op == "get_attr" and known.get(str(node.target)) is parameter:
-                users.update(node.users)
-    return users
-
-
-def _sites(plans: list[WeightPlan], traced: Traced, works: Mapping[str, Work]) -> Iterator[SitePlan]:
-    """Join the weights that share their input, and yield a site a group."""
+def _sites(chosen: list[tuple[FoundWeight, Rule]], traced: Traced) -> Iterator[SitePlan]:
+    """Join the weights that share their input and their rule, and yield a site a group, in the order of the model."""
     flow = Flow.of(traced)
-    by_config: dict[DecorrConfig, list[WeightPlan]] = {}
-    for plan in plans:
-        by_config.setdefault(plan.config, []).append(plan)
-    together: list[list[WeightPlan]] = []
-    for config, group in by_config.items():
-        weights = [plan.weight for plan in group]
-        shared = group_by_input(weights, flow) if config.share_inputs else [[weight] for weight in weights]
-        of = {id(plan.weight): plan for plan in group}
-        together += [[of[id(weight)] for weight in weights] for weights in shared]
-    order = {id(plan): number for number, plan in enumerate(plans)}
-    return _with_structure(sorted(together, key=lambda group: order[id(group[0])]), works)
-
-
-def _with_structure(groups: list[list[WeightPlan]], works: Mapping[str, Work]) -> Iterator[SitePlan]:
-    """Yield the site of each group of weights, with the structure of its R chosen."""
-    plain = [[plan.weight.layout for plan in group] for group in groups]
-    work = [works.get(g[0].spec.fqn) or Work.unknown(p[0]) for g, p in zip(groups, plain, strict=True)]
-    own = [own_flops(p, w) for p, w in zip(plain, work, strict=True)]
-    for i, group in enumerate(groups):
-        config, geometry = group[0].config, group[0].weight.geometry
-        layouts = choose_layouts(plain[i], config, work[i], share_of_budget(own, i, config.cost_budget))
-        plans = [replace(p, spec=replace(p.spec, layout=layout)) for p, layout in zip(group, layouts, strict=True)]
-        yield SitePlan(SiteSpec(tuple(p.spec for p in plans), geometry, config, work[i]), tuple(plans))
+    by_rule: dict[Rule, list[FoundWeight]] = {}
+    for weight, rule in chosen:
+        by_rule.setdefault(rule, []).append(weight)
+    together: list[tuple[Rule, list[FoundWeight]]] = []
+    for rule, weights in by_rule.items():
+        groups = group_by_input(weights, flow) if rule.share_inputs else [[weight] for weight in weights]
+        together += [(rule, group) for group in groups]
+    order = {id(weight): number for number, (weight, _) in enumerate(chosen)}
+    for rule, group in sorted(together, key=lambda one: order[id(one[1][0])]):
+        layouts = choose_layouts([weight.layout for weight in group], rule)
+        specs = (WeightSpec(w.fqn, w.kind, layout) for w, layout in zip(group, layouts, strict=True))
+        planned = (replace(w, layout=layout) for w, layout in zip(group, layouts, strict=True))
+        yield SitePlan(SiteSpec(tuple(specs), rule), tuple(planned))
 
 
 def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
@@ -185,12 +113,15 @@ def _opaque_layers(traced: Traced) -> Iterator[SkippedRecord]:
 def _unseen_products(traced: Traced, weights: list[FoundWeight]) -> Iterator[SkippedRecord]:
     """Yield the modules that multiply in a forward of which too little could be seen to tell by what."""
     known = {id(weight.parameter) for weight in weights}
-    unseen = {fqn: glimpse.reason for fqn, glimpse in traced.glimpses.items()} | traced.failed
+    unseen = {fqn: graphs.reason for fqn, graphs in traced.graphs.items() if graphs.reason} | traced.failed
     for fqn, reason in unseen.items():
         module = traced.scratch.get_submodule(fqn)
+        if fqn in traced.graphs and not has_own_forward(module):
+            continue
         containers = [child for child in module.children() if type(child).forward is nn.Module.forward]
         owned = {id(p) for owner in (module, *containers) for p in owner.parameters(recurse=False) if p.dim() > 1}
-        seen = {id(p) for graph in traced.train_graphs(fqn) for p in parameters_in_graph(graph, module)}
-        hides = fqn in traced.failed or isinstance(module, FUSED) or may_multiply(module)
-        if owned - known - seen and hides:
+        read = dict(module.named_parameters(remove_duplicate=False))
+        nodes = (node for graph in traced.of(fqn) for node in graph.nodes if node.op == "get_attr")
+        seen = {id(read[str(node.target)]) for node in nodes if node.target in read}
+        if owned - known - seen and (fqn in traced.failed or may_multiply(module)):
             yield SkippedRecord(fqn, type(module).__name__, f"its forward cannot be traced: {reason}")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from decorr_fx.ops.layout import Layout
 from decorr_fx.ops.sample import ConvGeometry
@@ -91,6 +92,26 @@ CALLS: dict[Any, Signature] = {
     torch.addmm: Signature("linear", 0, ("bias", "input", "weight"), inputs_first=True, product=True),
     **dict.fromkeys((torch.matmul, operator.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm), _X_TIMES_W),
 }
+
+
+def layer_signature(module: nn.Module) -> Signature | None:
+    """Return how a layer calls its weight by its type, a linear or a convolution; None of any other module."""
+    if isinstance(module, nn.Linear):
+        return CALLS[F.linear]
+    if not isinstance(module, _ConvNd):
+        return None
+    return CALLS[getattr(F, f"conv{'_transpose' if module.transposed else ''}{len(module.kernel_size)}d")]
+
+
+def layer_geometry(module: nn.Module) -> ConvGeometry | None:
+    """Return where the taps of a layer fall, as it is now; None of a linear."""
+    if not isinstance(module, _ConvNd):
+        return None
+    signature = layer_signature(module)
+    settings = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
+    return None if signature is None else signature.geometry(settings, (0, 0, *module.kernel_size))
+
+
 METHODS: dict[str, Signature] = {"matmul": _X_TIMES_W, "mm": _X_TIMES_W, "__matmul__": _X_TIMES_W}
 # Other products that may hold a weight, by the names of functions and methods: their rows are not written in the call.
 OTHER_PRODUCTS = frozenset(

@@ -1,5 +1,6 @@
 """The second moment of rows: what every rule looks at."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,5 +66,14 @@ class Moment:
         return squared / max(d * (d - 1), 1)
 
     def variance_error(self) -> Tensor:
-        """Return the mean over units of `V^2`, with V = diag(M) - I, `[stacks]`."""
+        """Return the mean over units of `D^2`, with D = diag(M) - I, `[stacks]`."""
         return (self.variance - 1).square().mean(1)
+
+
+def losses(of_z: Sequence[Moment], sites: int) -> Tensor:
+    """Return mean squared correlation and variance error of each site, `[sites, 2]`.
+
+    Of z with these second moments: one for each factor, of its own mode.
+    """
+    of_factors = [torch.stack([moment.correlation(), moment.variance_error()], 1) for moment in of_z]
+    return torch.stack([of_factor.reshape(sites, -1, 2).mean(1) for of_factor in of_factors]).mean(0)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decorr_fx.config import RuleName
-from decorr_fx.ops.product import CONVOLUTIONS
+from decorr_fx.config import Crgd, Dbp, SmallSteps
 
 STEP_BOUND = 0.5  # of eps * lambda_max(G)
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
@@ -42,9 +42,36 @@ def dense(blocks: Sequence[Tensor], taps: Tensor | None = None) -> Tensor:
     return R
 
 
-def fold_rows(W: Tensor, R: Tensor) -> Tensor:
-    """Return `W R` for rows `W [o, d]`."""
+def theta_of(W: Tensor, R: Tensor) -> Tensor:
+    """Return `theta = W R`, the weight that acts on x as W acts on `z = R x`, for rows `W [o, d]`."""
     return W @ R
+
+
+def gradient_to_z(g: Tensor, R: Tensor) -> Tensor:
+    """Return the gradient of W for that of theta, `g [o, d]`: `delta z^T` of the paper, for `delta x^T`."""
+    return g @ R.T
+
+
+def move_to_x(old: Tensor, moved: Tensor, R: Tensor) -> Tensor:
+    """Return theta after a step in which an optimizer, by the gradient of W, has moved it from `old` to `moved`."""
+    return old + (moved - old) @ R
+
+
+def follow(theta: Tensor, R_old: Tensor, R_new: Tensor) -> Tensor:
+    """Return theta where W stands still while R moves: by the published rule, which changes the function."""
+    W: Tensor = theta @ torch.linalg.inv(R_old)
+    return W @ R_new
+
+
+def preserve(W: Tensor, R_old: Tensor, R_new: Tensor) -> Tensor:
+    """Return W such that `W R` stands still while R moves."""
+    inverse: Tensor = torch.linalg.inv(R_new)
+    return W @ R_old @ inverse
+
+
+def gradient_gain(Sigma: Tensor, R: Tensor, exponent: float) -> Tensor:
+    """Return `s = (tr Sigma / tr(R Sigma R))^exponent`."""
+    return (torch.trace(Sigma) / torch.trace(R @ Sigma @ R.T)) ** exponent
 
 
 def decorrelate_rows(x: Tensor, R: Tensor) -> Tensor:
@@ -53,18 +80,18 @@ def decorrelate_rows(x: Tensor, R: Tensor) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """The correlation matrix C, the variance errors V (diagonal) and the second moment M of rows z."""
+    """The correlation matrix C, the variance errors D (diagonal) and the second moment M of rows z."""
 
     C: Tensor
-    V: Tensor
+    D: Tensor
     M: Tensor
 
 
 def measure(z: Tensor) -> Measured:
-    """Return C, V and M of rows `z [n, d]` (arXiv 2405.02385)."""
+    """Return C, D and M of rows `z [n, d]` (arXiv 2405.02385)."""
     M = torch.stack([torch.outer(row, row) for row in z]).mean(0)
-    D = torch.diag(torch.diag(M))
-    return Measured(M - D, D - torch.eye(len(M), dtype=z.dtype), M)
+    diagonal = torch.diag(torch.diag(M))
+    return Measured(M - diagonal, diagonal - torch.eye(len(M), dtype=z.dtype), M)
 
 
 def correlation_loss(z: Tensor) -> float:
@@ -74,21 +101,14 @@ def correlation_loss(z: Tensor) -> float:
 
 
 def variance_loss(z: Tensor) -> float:
-    """Return the mean over units of V^2."""
-    return float(torch.diag(measure(z).V).square().mean())
+    """Return the mean over units of D^2."""
+    return float(torch.diag(measure(z).D).square().mean())
 
 
-def correlation_weight(rule: RuleName, kappa: float, d: int) -> float:
-    """Return the weight of C in G."""
-    return {"dbp": 1 - kappa, "dbp-normalized": (1 - kappa) / max(d - 1, 1), "crgd": 1.0}[rule]
-
-
-def gradient(z: Tensor, rule: RuleName, kappa: float) -> Tensor:
+def gradient(z: Tensor, rule: SmallSteps) -> Tensor:
     """Return G, the direction against which R moves, for rows `z [n, d]`."""
-    C, V, M = measure(z)
-    if rule == "crgd":
-        return M
-    return correlation_weight(rule, kappa, len(M)) * C + (2 if rule == "dbp-normalized" else 1) * kappa * V
+    C, D, M = measure(z)
+    return (1 - rule.kappa) * C + rule.kappa * D if isinstance(rule, Dbp) else M
 
 
 def largest_eigenvalue(M: Tensor) -> Tensor:
@@ -96,11 +116,12 @@ def largest_eigenvalue(M: Tensor) -> Tensor:
     return torch.trace(torch.linalg.matrix_power(M, 4)) ** 0.25
 
 
-def transition(z: Tensor, rule: RuleName, decor_lr: float, kappa: float, gain: float) -> Tensor:
+def transition(z: Tensor, rule: SmallSteps, eps: float, gain: float) -> Tensor:
     """Return T of the step `R <- T R`, for rows `z [n, d]`, with `eps * lambda_max(G)` bounded by `STEP_BOUND`."""
-    G, M = gradient(z, rule, kappa), measure(z).M
-    largest = float(correlation_weight(rule, kappa, len(M)) * largest_eigenvalue(M) + torch.diag(G).abs().max())
-    eps = min(decor_lr, STEP_BOUND / largest) if largest > 0 else decor_lr
+    G, M = gradient(z, rule), measure(z).M
+    weight = 1 - rule.kappa if isinstance(rule, Dbp) else 1.0
+    largest = float(weight * largest_eigenvalue(M) + torch.diag(G).abs().max())
+    eps = min(eps, STEP_BOUND / largest) if largest > 0 else eps
     return gain * (torch.eye(len(G), dtype=z.dtype) - eps * G)
 
 
@@ -110,28 +131,16 @@ def norm_gain(x: Tensor, z: Tensor) -> float:
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-class Stepped(NamedTuple):
-    """New blocks and taps of R, and the transitions that led there."""
-
-    blocks: list[Tensor]
-    taps: Tensor | None
-    T_blocks: list[Tensor]
-    T_taps: Tensor | None
-
-
 def step_factors(
-    blocks: Sequence[Tensor], taps: Tensor | None, x: Tensor, rule: RuleName, decor_lr: float, kappa: float
-) -> Stepped:
-    """Move one R by one step on rows `x [n, d]`: each factor by the rows of its own mode of z."""
+    blocks: Sequence[Tensor], taps: Tensor | None, x: Tensor, rule: SmallSteps, eps: float
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return blocks and taps of R after one step on rows `x [n, d]`: each factor by the rows of its own mode of z."""
     z = decorrelate_rows(x, dense(blocks, taps))
-    factors = 1 if taps is None else 2
-    gain = norm_gain(x, z) ** (1 / factors) if rule == "crgd" else 1.0
+    gain = norm_gain(x, z) ** (1 if taps is None else 1 / 2) if isinstance(rule, Crgd) else 1.0
     k = 1 if taps is None else len(taps)
     by_block = z.reshape(len(z), len(blocks), len(blocks[0]), k)
-    T_blocks = [transition(by_block[:, b].mT.flatten(0, 1), rule, decor_lr, kappa, gain) for b in range(len(blocks))]
-    T_taps = None if taps is None else transition(by_block.flatten(0, 2), rule, decor_lr, kappa, gain)
-    moved = [T @ block for T, block in zip(T_blocks, blocks, strict=True)]
-    return Stepped(moved, None if T_taps is None or taps is None else T_taps @ taps, T_blocks, T_taps)
+    moved = [transition(by_block[:, b].mT.flatten(0, 1), rule, eps, gain) @ block for b, block in enumerate(blocks)]
+    return moved, None if taps is None else transition(by_block.flatten(0, 2), rule, eps, gain) @ taps
 
 
 def shrinking(Sigma: Tensor, mean: float, rank: int, power: float, damping: float) -> Tensor:
@@ -157,12 +166,6 @@ def running_moment(Sigma: Tensor, x: Tensor, steps: int, rate: float) -> Tensor:
     """Return the running moment after rows `x [n, d]`, which come after `steps` others."""
     followed = min(max(rate, 1 / (steps + 1)), 1)
     return (1 - followed) * Sigma + followed * measure(x).M
-
-
-def retreat_rows(W: Tensor, T_blocks: Sequence[Tensor], T_taps: Tensor | None = None) -> Tensor:
-    """Return `W T^-1` for rows `W [o, d]`: with `R <- T R`, the product W R stands still."""
-    inverse: Tensor = torch.linalg.inv(dense(T_blocks, T_taps))
-    return W @ inverse
 
 
 def fold_removed(W: Tensor, x: Tensor, kept: Sequence[int]) -> Tensor:

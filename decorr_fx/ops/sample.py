@@ -1,11 +1,8 @@
-"""Recording: copy a few rows of a layer's input into a buffer, and touch nothing else.
+"""Sampling: copy a few rows of a layer's input into a buffer, and touch nothing else.
 
 Which rows is decided by a low-discrepancy sequence over the number of R's steps, never by the random generator:
 dropout masks stay those of the plain model at the same seed. Rows are gathered straight from the input, without
 unfolding it and without a host sync.
-
-A forward that runs inside a backward is activation checkpointing recomputing what was recorded before: it records
-nothing. So forward and recomputation count once, and the rows of several forwards before one step all count.
 """
 
 from collections.abc import Sequence
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 
 GOLDEN = (5**0.5 - 1) / 2
+DUE, FORWARDS, ROWS = range(3)  # what the tensor `host` of a site holds: whether R moves next, and what came since
 
 
 @dataclass(frozen=True)
@@ -29,16 +27,50 @@ class ConvGeometry:
     dilation: tuple[int, ...]
     transposed: bool = False
 
-    def out_size(self, in_size: Sequence[int], output_padding: Sequence[int]) -> list[int]:
-        """Return the spatial size of the output; `output_padding` counts for transposed convolutions only."""
-        sizes = []
-        for i, length in enumerate(in_size):
-            span = self.dilation[i] * (self.kernel[i] - 1) + 1
-            if self.transposed:
-                sizes.append((length - 1) * self.stride[i] - sum(self.padding[i]) + span + output_padding[i])
-            else:
-                sizes.append((length + sum(self.padding[i]) - span) // self.stride[i] + 1)
-        return sizes
+    @property
+    def numbers(self) -> list[int]:
+        """All numbers in order, for an operator, which takes numbers only."""
+        padding = [end for pair in self.padding for end in pair]
+        return [*self.kernel, *self.stride, *self.dilation, *padding, int(self.transposed)]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[int]) -> "ConvGeometry | None":
+        """Return the geometry with these `numbers`; None for none, as a linear has."""
+        if not numbers:
+            return None
+        n = len(numbers) // 5
+        kernel, stride, dilation, ends = (tuple(numbers[a * n : b * n]) for a, b in ((0, 1), (1, 2), (2, 3), (3, 5)))
+        return cls(kernel, stride, tuple(zip(ends[::2], ends[1::2], strict=True)), dilation, bool(numbers[-1]))
+
+
+def rows_of(x: Tensor, geometry: ConvGeometry | None, out_size: Sequence[int]) -> int:
+    """Return how many rows a call maps that gives an output of this spatial size."""
+    if geometry is None:
+        return x.numel() // max(x.shape[-1], 1)
+    return prod(out_size) * (x.shape[0] if x.dim() == len(geometry.kernel) + 2 else 1)
+
+
+def sample_rows(
+    x: Tensor, count: int, fraction: float, steps: Tensor, geometry: ConvGeometry | None, out_size: Sequence[int]
+) -> Tensor:
+    """Return some rows `[n, d]` that a call maps: at most `count`, and at most this fraction of all.
+
+    Args:
+        x: the input, `[..., d]` of a linear, `[(N,) C, *size]` of a convolution, of which a row is a patch
+            `[C * taps]`, padding zeros included. A patch of a transposed convolution is what one output position
+            sees: the input with `stride - 1` zeros between its elements.
+        count: see above.
+        fraction: see above.
+        steps: scalar int64, the number of R's steps so far.
+        geometry: of the convolution; None for a linear.
+        out_size: the spatial size of its output.
+    """
+    total = rows_of(x, geometry, out_size)
+    chosen = sample_indices(total, min(count, total if fraction == 1 else ceil(fraction * total)), steps)
+    if geometry is None:
+        return x.reshape(-1, x.shape[-1])[chosen]
+    batch = x if x.dim() == len(geometry.kernel) + 2 else x.unsqueeze(0)
+    return _gather_patches(batch, chosen, out_size, geometry)
 
 
 def sample_indices(total: int, count: int, steps: Tensor) -> Tensor:
@@ -49,6 +81,8 @@ def sample_indices(total: int, count: int, steps: Tensor) -> Tensor:
         count: rows to choose; with `count == total` every row is chosen once.
         steps: scalar int64, the number of steps so far: the sequence goes on where the step before left it.
     """
+    if not total:
+        return torch.zeros(0, dtype=torch.int64, device=steps.device)
     stride = max(round(total * GOLDEN), 1)
     while gcd(stride, total) != 1:  # coprime: no row comes twice, and every row and column of an image is visited
         stride += 1
@@ -56,64 +90,49 @@ def sample_indices(total: int, count: int, steps: Tensor) -> Tensor:
     return position % total * stride % total
 
 
-@torch.library.custom_op("decorr_fx::sample_indices", mutates_args=())
-def sample_indices_op(steps: Tensor, total: int, count: int) -> Tensor:
-    """Do the same as a node of a compiled graph, which would be compiled for every `total` otherwise."""
-    return sample_indices(total, count, steps)
+@torch.no_grad()
+def record_rows(
+    x: Tensor, rows: Tensor, seen: Tensor, steps: Tensor, host: Tensor, fraction: float, numbers: Sequence[int],
+    out_size: Sequence[int],
+) -> None:  # fmt: skip
+    """Write some rows of an input into the buffer; where it is full, the oldest ones are replaced.
 
-
-@sample_indices_op.register_fake
-def _(steps: Tensor, total: int, count: int) -> Tensor:
-    return steps.new_empty(count)
-
-
-@torch.library.custom_op("decorr_fx::store_rows", mutates_args=("rows", "seen"))
-def store_rows(rows: Tensor, seen: Tensor, picked: Tensor) -> None:
-    """Write rows into the buffer; where it is full, the oldest ones are replaced. A recomputation writes nothing.
+    Where R does not move next, nothing is done. A forward that runs inside a backward is activation checkpointing
+    recomputing one that was recorded before, unless that ran without gradients and so recorded nothing.
 
     Args:
-        rows: `[slots, d]`, the buffer.
+        x: the input, see `sample_rows`.
+        rows: `[slots, groups * d]`, the buffer.
         seen: scalar int64, the number of rows recorded since the last step of R.
-        picked: `[n, d]`, the rows.
+        steps: scalar int64, the number of R's steps so far.
+        host: int64 on the host, see `DUE`, `FORWARDS` and `ROWS`.
+        fraction: part of the rows that is recorded, at most.
+        numbers: of the `ConvGeometry`; none for a linear.
+        out_size: spatial size of the output.
     """
-    if recomputing():
+    due, forwards, _ = host.tolist()
+    if not due or (forwards and recomputing()):
         return
+    geometry = ConvGeometry.of_numbers(numbers)
+    picked = sample_rows(x, len(rows), fraction, steps, geometry, out_size)
     slot = (seen + torch.arange(len(picked), device=seen.device)) % len(rows)
-    rows[slot] = picked
+    rows[slot] = picked.to(rows.dtype)
     seen += len(picked)
+    host += torch.tensor((0, 1, rows_of(x, geometry, out_size)), device=host.device)
+
+
+@torch.library.custom_op("decorr_fx::record_rows", mutates_args=("rows", "seen", "host"))
+def record_rows_op(
+    x: Tensor, rows: Tensor, seen: Tensor, steps: Tensor, host: Tensor, fraction: float, numbers: list[int],
+    out_size: list[int],
+) -> None:  # fmt: skip
+    """Do the same as a node of a compiled graph."""
+    record_rows(x, rows, seen, steps, host, fraction, numbers, out_size)
 
 
 def recomputing() -> bool:
     """Tell whether autograd is running a backward: then a forward is one that checkpointing repeats."""
     return torch._C._current_graph_task_id() != -1  # there is no public call for it
-
-
-def linear_rows(x: Tensor, slots: int, fraction: float, steps: Tensor) -> Tensor:
-    """Return some rows `[n, d]` of the input `x [..., d]` of a linear, `fraction` of them and at most `slots`."""
-    tokens = x.reshape(-1, x.shape[-1])
-    return tokens[_pick(tokens.shape[0], slots, fraction, steps)]
-
-
-def conv_rows(
-    x: Tensor, slots: int, fraction: float, steps: Tensor, geometry: ConvGeometry, output_padding: Sequence[int]
-) -> Tensor:
-    """Return some patches `[n, C * taps]` of the input `x [(N,) C, *size]` of a convolution, padding zeros included.
-
-    A patch of a transposed convolution is what one output position sees: the input with `stride - 1` zeros between its
-    elements.
-    """
-    batch = x if x.dim() == len(geometry.kernel) + 2 else x.unsqueeze(0)
-    out_size = geometry.out_size(batch.shape[2:], output_padding)
-    picked = _pick(batch.shape[0] * prod(out_size), slots, fraction, steps)
-    return _gather_patches(batch, picked, out_size, geometry)
-
-
-def _pick(total: int, slots: int, fraction: float, steps: Tensor) -> Tensor:
-    count = min(slots, total if fraction == 1 else ceil(fraction * total))
-    if torch.compiler.is_compiling():
-        indices: Tensor = sample_indices_op(steps, total, count)
-        return indices
-    return sample_indices(total, count, steps)
 
 
 def _gather_patches(x: Tensor, picked: Tensor, out_size: Sequence[int], geometry: ConvGeometry) -> Tensor:

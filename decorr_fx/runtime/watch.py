@@ -1,8 +1,8 @@
-"""Running a forward as it is, on decorrelated weights: for what a graph cannot hold.
+"""How the inputs of layers are seen while a forward runs as it was written.
 
-While such a forward runs, W R is in the place of W, so that whatever reads the weight, in whatever way, reads W R:
-folding is exact for any forward. In train mode the calls of convs and linears are watched, and the rows that meet a
-weight are recorded.
+torch's own convs and linears have a hook, which gets the input of each call. In all other forwards the calls of torch's
+functions are watched, and the rows that meet a weight are recorded. Both come after the call itself, so that an input
+that does not fit raises torch's own error.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,86 +10,130 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from decorr_fx.ops.calls import CALLS, Signature
+from decorr_fx.ops.calls import CALLS, Signature, layer_geometry
 from decorr_fx.runtime.site.state import Site
+
+HOOKED = "weight_decorr"  # the attribute of a hooked layer that holds its site
 
 
 @dataclass(frozen=True)
 class Read:
-    """A weight that a forward reads: its path from the module, the name of its site there, its number in the site."""
+    """A weight that a forward calls: its path from the module, which rows of it, and the name of its site there."""
 
     path: str
+    rows: tuple[int, int] | None
     site: str
-    index: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a conv or linear on a watched weight."""
+
+    signature: Signature
+    arguments: Mapping[str, Any]
+    x: Tensor
+    output: Tensor
+
+    @property
+    def out_size(self) -> list[int]:
+        """Spatial size of the output; empty for a linear."""
+        spatial = self.signature.spatial
+        return list(self.output.shape[-spatial:]) if spatial else []
+
+
+def record_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    """Record the input of a layer: a forward hook."""
+    if not module.training:
+        return
+    site: Site = getattr(module, HOOKED)
+    if site.due or torch.compiler.is_compiling():
+        x = args[0] if args else kwargs["input"]
+        geometry = layer_geometry(module)
+        site.record(x, geometry, [] if geometry is None else output.shape[-len(geometry.kernel) :])
 
 
 class Watch(TorchFunctionMode):
-    """Records the input of every conv and linear that is called on one of the weights, or on what is made of it."""
+    """Tells of every conv and linear that is called on one of the weights, on rows of one, or on what is made of it."""
 
-    def __init__(self, weights: Iterable[tuple[Tensor, Site]]) -> None:
+    def __init__(self, weights: Iterable[Tensor], tell: Callable[[int, tuple[int, int] | None, Call], None]) -> None:
+        """Let `tell` be called with the number of a weight, the rows of it that are used if not all, and the call."""
         super().__init__()
-        self.weights = {id(weight): (weight, site) for weight, site in weights}
+        self.tell = tell
+        self.known: list[tuple[Tensor, int, tuple[int, int] | None]] = [(W, i, None) for i, W in enumerate(weights)]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Look at one call of a torch function, then make it."""
-        kwargs = kwargs or {}
+        """Make one call of a torch function, then look at it."""
+        result = func(*args, **(kwargs or {}))
         signature = CALLS.get(func)
-        if signature is not None:
-            self._record(signature, signature.bind(args, kwargs))
-        result = func(*args, **kwargs)
-        self._follow(args, result)
+        if signature is not None and isinstance(result, Tensor):
+            self._look(signature, signature.bind(args, kwargs or {}), result)
+        self._follow(func, args, result)
         return result
 
-    def _record(self, signature: Signature, arguments: Mapping[str, Any]) -> None:
+    def _look(self, signature: Signature, arguments: Mapping[str, Any], output: Tensor) -> None:
         x, weight = arguments["input"], arguments["weight"]
-        if signature.product and self._site_of(weight) is None and isinstance(weight, Tensor) and weight.dim() > 1:
+        found = self._find(weight)
+        if found is None and signature.product and isinstance(weight, Tensor) and weight.dim() > 1:
             x, weight = weight.mT, x  # the weight may stand on the left: W x
-        site = self._site_of(weight)
-        # rows of x may have other features than R works on: a weight may be used the other way round, too
-        if site is not None and x.shape[-1 - signature.spatial] * prod(weight.shape[2:]) == site.rows.shape[1]:
-            site.record_call(x, signature.geometry(arguments, weight.shape), arguments["output_padding"])
+            found = self._find(weight)
+        if found is None or not isinstance(x, Tensor) or self._find(x) is not None:
+            return  # what is computed of weights alone, as a penalty is, has no input
+        _, index, rows = found
+        self.tell(index, rows, Call(signature, {**arguments, "weight": weight}, x, output))
 
-    def _site_of(self, weight: object) -> Site | None:
-        return self.weights[id(weight)][1] if id(weight) in self.weights else None
+    def _find(self, tensor: object) -> tuple[Tensor, int, tuple[int, int] | None] | None:
+        return next((known for known in self.known if known[0] is tensor), None)
 
-    def _follow(self, args: tuple[Any, ...], result: object) -> None:
-        """Watch a cast, reshaped or standardised weight, too: what has the size of a weight and was made of it."""
-        made_of = next((arg for arg in args if self._site_of(arg) is not None), None)
-        if made_of is not None and isinstance(result, Tensor) and result.numel() == made_of.numel():
-            self.weights.setdefault(id(result), (result, self.weights[id(made_of)][1]))
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], result: object) -> None:
+        """Watch a cast, reshaped or standardised weight, too, and rows that are cut from a packed one."""
+        made_of = next((found for arg in args if (found := self._find(arg)) is not None), None)
+        if made_of is None:
+            return
+        W, index, rows = made_of
+        if isinstance(result, Tensor) and result.numel() == W.numel():
+            if self._find(result) is None:
+                self.known.append((result, index, rows))
+        elif func is Tensor.__getitem__ and isinstance(args[1], slice) and rows is None:
+            start, stop, step = args[1].indices(len(W))
+            if step == 1:
+                self.known.append((result, index, (start, stop)))  # type: ignore[arg-type]
+        elif isinstance(result, tuple | list) and rows is None:
+            self._follow_parts(W, index, result)
+
+    def _follow_parts(self, W: Tensor, index: int, parts: Iterable[Any]) -> None:
+        start = 0
+        for part in parts:
+            if not isinstance(part, Tensor) or part.shape[1:] != W.shape[1:] or part.dim() != W.dim():
+                return
+            self.known.append((part, index, (start, start + len(part))))
+            start += len(part)
 
 
 def run_watched(
     module: nn.Module, reads: Iterable[Read], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call `forward(module, ...)` with W R in the place of every weight of `reads`, and put W back."""
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
-    put: list[tuple[Site, int]] = []
-    try:
-        for read in reads:
-            site = getattr(module, read.site)
-            owner, _, name = read.path.rpartition(".")
-            parameters: dict[str, Any] = module.get_submodule(owner)._parameters
-            W = parameters[name]
-            if site.stands_in(W, read.index):
-                continue  # a module around this one has put it there, and watches
-            if read.index not in site.in_place:
-                site.in_place[read.index] = site.decorrelate(W, read.index)
-                put.append((site, read.index))
-            parameters[name] = site.in_place[read.index]
-            replaced.append((parameters, name, W))
-        if not module.training or not put:
-            return forward(module, *args, **kwargs)
-        # one recording for all weights of a site: by its first one
-        with Watch([(site.in_place[index], site) for site, index in put if index == 0]):
-            return forward(module, *args, **kwargs)
-    finally:
-        for parameters, name, W in replaced:
-            parameters[name] = W
-        for site, index in put:
-            del site.in_place[index]
+    """Call `forward(module, ...)` and record the input of each call of the weights of `reads`."""
+    named = list(dict.fromkeys(read.path for read in reads))
+    sites = {(named.index(read.path), read.rows): getattr(module, read.site) for read in reads}
+
+    def record(index: int, rows: tuple[int, int] | None, call: Call) -> None:
+        site = sites.get((index, rows))
+        W = call.arguments["weight"]
+        # rows of x may have other features than R works on: a weight may be used the other way round, too
+        if site is not None and call.x.shape[-1 - call.signature.spatial] * prod(W.shape[2:]) == site.rows.shape[1]:
+            site.record(call.x, call.signature.geometry(call.arguments, W.shape), call.out_size)
+
+    with Watch([_parameter(module, path) for path in named], record):
+        return forward(module, *args, **kwargs)
+
+
+def _parameter(module: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    parameter: Tensor = getattr(module.get_submodule(owner) if owner else module, name)
+    return parameter

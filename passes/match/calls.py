@@ -3,11 +3,12 @@
 What is matched is the functional call: `F.linear`, `F.conv*`, or a product with a matrix that only parameters make.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from decorr_fx.ops.calls import CALLS, METHODS, OTHER_PRODUCTS, Signature
 from decorr_fx.ops.layout import Layout
@@ -17,7 +18,10 @@ from decorr_fx.passes.match.source import Source, Unmatched, ancestors_of, find_
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a conv or linear in a graph, with its arguments by name and its weight's source."""
+    """One call of a conv or linear in a graph, with its arguments by name and its weight's source.
+
+    `geometry` is None for a linear, and where it is computed in the forward.
+    """
 
     node: fx.Node
     kind: str
@@ -31,30 +35,19 @@ class Call:
         return self.source.layout
 
     @property
-    def direct(self) -> bool:
-        """Whether the call is made on the very parameter, or rows of it, and not on what is computed from it."""
-        return self.arguments["weight"] is self.source.node and not self.source.inner
-
-    @property
-    def bias_path(self) -> str | None:
-        """Path of the bias if it and the weight are plain attributes, else None: no place to fold a mean into."""
-        bias = self.arguments["bias"]
-        direct = isinstance(bias, fx.Node) and bias.op == "get_attr" and not self.source.between
-        return str(bias.target) if direct else None
+    def takes_input(self) -> bool:
+        """Whether the call is made on the very input of the module."""
+        x = self.arguments["input"]
+        return isinstance(x, fx.Node) and x.op == "placeholder"
 
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a site's weight: in the train or eval graph of the layer `piece`."""
+    """One call of a site's weight: in graph number `graph` of the module `piece`."""
 
     piece: str
-    training: bool
+    graph: int
     call: Call
-
-    @property
-    def parameter_fqn(self) -> str:
-        """Name of the parameter in the whole model."""
-        return f"{self.piece}.{self.call.source.path}" if self.piece else self.call.source.path
 
 
 def signature_of(node: fx.Node, module: nn.Module) -> Signature | None:
@@ -107,23 +100,16 @@ def match_call(node: fx.Node, module: nn.Module) -> Call:
         Unmatched: the call cannot be decorrelated; the message is the reason.
     """
     signature = signature_of(node, module)
-    assert signature is not None
+    if signature is None:
+        raise Unmatched("it is no conv or linear")
     arguments = signature.bind(node.args, node.kwargs)
-    _check_fixed(arguments)
+    if isinstance(arguments["groups"], fx.Node):
+        raise Unmatched("its number of groups is computed in the forward")
     source = find_source(arguments["weight"], module, lambda shape: signature.layout(arguments["groups"], shape))
     if len(source.shape) != signature.spatial + 2:
         dimensions = f"{len(source.shape)} dimensions, a {signature.kind} needs {signature.spatial + 2}"
         raise Unmatched(f"its weight has {dimensions}")
-    return Call(node, signature.kind, arguments, source, signature.geometry(arguments, source.shape))
-
-
-def _check_fixed(arguments: Mapping[str, Any]) -> None:
-    if isinstance(arguments["groups"], fx.Node):
-        raise Unmatched("its number of groups is computed in the forward")
-    geometry = (arguments[name] for name in ("stride", "padding", "dilation"))
-    if any(isinstance(leaf, fx.Node) for value in geometry for leaf in _leaves(value)):
-        raise Unmatched("its stride, padding or dilation are computed in the forward")
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    return iter(value) if isinstance(value, tuple | list) else iter([value])
+    settings = [arguments[name] for name in ("stride", "padding", "dilation")]
+    fixed = not any(isinstance(leaf, fx.Node) for setting in settings for leaf in tree_leaves(setting))
+    geometry = signature.geometry(arguments, source.shape) if fixed else None
+    return Call(node, signature.kind, arguments, source, geometry)

@@ -1,7 +1,7 @@
 """Sharing: which weights read the same value, as q, k and v do, so that one R serves them all.
 
-A value is followed from a call to the graph that it comes from: an input of a module is what its caller passes. Where
-a caller is known by glimpses only, all glimpses that show two calls have to agree. A wrong answer costs learning speed,
+A value is followed from a call to the graph that it comes from: an input of a module is what its caller passes. All
+graphs of a caller that show two calls have to agree. A wrong answer costs learning speed,
 and never exactness: folding is exact with any R.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 from torch import fx, nn
 
 from decorr_fx.passes.capture.trace import Traced
-from decorr_fx.passes.match.calls import Use
 from decorr_fx.passes.match.weights import FoundWeight
 
 GraphKey = tuple[str, int]  # the piece, and the number of its graph or glimpse
@@ -21,7 +20,7 @@ GraphKey = tuple[str, int]  # the piece, and the number of its graph or glimpse
 
 @dataclass(frozen=True)
 class Flow:
-    """Who calls which module with what, in all graphs and glimpses of train mode."""
+    """Who calls which module with what, in all graphs."""
 
     traced: Traced
     callers: dict[int, dict[GraphKey, list[fx.Node]]] = field(default_factory=lambda: defaultdict(dict))
@@ -31,7 +30,7 @@ class Flow:
         """Find all calls of modules."""
         flow = cls(traced)
         for piece, module in traced.scratch.named_modules():
-            for number, graph in enumerate(traced.train_graphs(piece)):
+            for number, graph in enumerate(traced.of(piece)):
                 for node in graph.nodes:
                     if node.op == "call_module":
                         child = module.get_submodule(str(node.target))
@@ -84,23 +83,17 @@ def group_by_input(weights: list[FoundWeight], flow: Flow) -> list[list[FoundWei
 
 
 def _origin(flow: Flow, weight: FoundWeight) -> dict[GraphKey, fx.Node]:
-    """Return where the weight's input comes from, if one call in train mode uses it, else nothing."""
-    uses = [use for use in weight.uses if use.training]
-    if len(uses) == 1 and not weight.glimpsed:
-        return _input(flow, uses[0], 0)
+    """Return where the weight's input comes from in each graph that shows it, if one call uses it, else nothing."""
     found: dict[GraphKey, fx.Node] = {}
-    for use in weight.glimpsed:
-        graphs = flow.traced.train_graphs(use.piece)
-        number = next(i for i, graph in enumerate(graphs) if graph is use.call.node.graph)
-        if (use.piece, number) in found:
+    seen: set[GraphKey] = set()
+    for use in weight.uses:
+        if (use.piece, use.graph) in seen or use.piece != weight.uses[0].piece:
             return {}  # called twice
-        found |= _input(flow, use, number)
+        seen.add((use.piece, use.graph))
+        passed = use.call.arguments["input"]
+        if isinstance(passed, fx.Node):
+            found |= flow.origins((use.piece, use.graph), passed)
     return found
-
-
-def _input(flow: Flow, use: Use, number: int) -> dict[GraphKey, fx.Node]:
-    passed = use.call.arguments["input"]
-    return flow.origins((use.piece, number), passed) if isinstance(passed, fx.Node) else {}
 
 
 def _agree(one: dict[GraphKey, fx.Node], other: dict[GraphKey, fx.Node]) -> bool:

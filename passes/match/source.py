@@ -2,7 +2,7 @@
 
 A weight is followed back to the one parameter in its own shape: the parameter itself or some of its rows, the `v` of a
 weight norm, the raw weight of a standardised or spectral-normed convolution, the transpose of a weight that is stored
-with its inputs first. R is applied to that parameter, so folding is exact whatever is computed from it.
+with its inputs first. It is the parameter that an optimizer moves, so it is the one that R belongs to.
 """
 
 from collections.abc import Callable, Mapping

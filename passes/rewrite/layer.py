@@ -1,108 +1,102 @@
-"""The layer that runs on decorrelated weights.
+"""Layers that record their input.
 
-A module that calls a conv or a linear becomes a *decorrelated layer*: the same object layout, parameter names and
-attributes, with its class replaced by a subclass. The forward of that runs one of two `torch.fx` graphs, picked by
-`.train()` and `.eval()`; where no graph is faithful to the module's own forward, it runs that with W R in the place of
-W. All other modules are left as they are, so that hooks, control flow and direct calls of submodules go on working.
+torch's own convs and linears keep their class and get a forward hook. A module with another forward, which calls a
+weight itself, gets a subclass of its own class: the forward that its author wrote, watched while a step of R is due.
+Everything else is left as it is, so that hooks, control flow and direct calls of submodules go on working.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import update_wrapper
 from inspect import signature
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
+import torch
 from torch import nn
 
-from decorr_fx.passes.capture.graphs import Graphs
-from decorr_fx.runtime.site.broadcast import follow_registrations
+from decorr_fx.passes.capture.adapters import Adapter
+from decorr_fx.runtime.private import remove_recording_hook
 from decorr_fx.runtime.site.state import Site
-from decorr_fx.runtime.step.hooks import follow_optimizers
-from decorr_fx.runtime.watch import Read, run_watched
+from decorr_fx.runtime.watch import Read, record_input, run_watched
+
+_classes: "WeakValueDictionary[Any, type[nn.Module]]" = WeakValueDictionary()
 
 
-@dataclass(frozen=True)
-class Watched:
-    """A forward that runs as it is, with W R in the place of the weights of `reads`."""
-
-    reads: tuple[Read, ...]
-
-    def bind(self, plain_class: type[nn.Module]) -> Callable[..., Any]:
-        """Return the forward of a layer that was of `plain_class`."""
-
-        def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return run_watched(self_, self.reads, plain_class.forward, args, kwargs)
-
-        return forward
-
-
-def _in_place_of(plain_class: type[nn.Module], decorrelated: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward that a layer has while it is decorrelated; it looks like that of its own class.
-
-    Trainers keep a forward in wrappers of theirs, on the instance: after `fold` the layer's own one runs in them. There
-    is no `__wrapped__`, by which they would get past R.
-    """
-
-    def forward(self_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        of_layer = decorrelated if isinstance(self_, DecorrelatedLayer) else plain_class.forward
-        return of_layer(self_, *args, **kwargs)
-
-    update_wrapper(forward, plain_class.forward)
-    del forward.__wrapped__  # type: ignore[attr-defined]
-    forward.__signature__ = signature(plain_class.forward)  # type: ignore[attr-defined]
-    return forward
-
-
-class DecorrelatedLayer:
-    """Mixed into a module's class by `as_decorrelated_layer`: the forward runs graphs of its own, or is watched."""
+class WatchedLayer:
+    """Mixed into a module's class by `as_watched_layer`."""
 
     plain_class: ClassVar[type[nn.Module]]
-    run: ClassVar[Graphs | Watched]
-    _modules: dict[str, nn.Module | None]
+    reads: ClassVar[tuple[Read, ...]]
+    adapter: ClassVar[Adapter | None]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: tuple[Any, ...] = tuple(super().__reduce_ex__(protocol))[2:]
-        return (_new_layer, (self.plain_class, self.run), *state)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name, site in self._modules.items():
-            if isinstance(site, Site):
-                site.expect(state_dict, prefix, name)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        return (_new_layer, (self.plain_class, self.reads, _adapter_of(type(self))), *state)
 
 
-def as_decorrelated_layer(module: nn.Module, run: Graphs | Watched) -> None:
-    """Let the module's forward run so from now on; `as_plain_layer` undoes it."""
-    module.__class__ = _layer_class(type(module), run)
+def as_watched_layer(module: nn.Module, reads: tuple[Read, ...], adapter: Adapter | None) -> None:
+    """Let the calls of some weights in the module's forward be recorded; `as_plain_layer` undoes it."""
+    module.__class__ = _layer_class(type(module), reads, adapter)
 
 
 def as_plain_layer(module: nn.Module) -> None:
-    """Give a decorrelated layer its own class back, and take its sites from it."""
+    """Give a layer its own class back, and take hook and sites from it."""
     for name in [name for name, child in module.named_children() if isinstance(child, Site)]:
         delattr(module, name)
     for name in [name for name, value in vars(module).items() if isinstance(value, Site)]:  # another module's
         del vars(module)[name]
-    if isinstance(module, DecorrelatedLayer):
+    remove_recording_hook(module, record_input)
+    if isinstance(module, WatchedLayer):
         setattr(module, "__class__", _plain_class(type(module)))  # noqa: B010 - mypy knows the mixed class only
 
 
-def _plain_class(mixed: type[DecorrelatedLayer]) -> type:
+def _plain_class(mixed: type[WatchedLayer]) -> type:
     """Return a class without ours; others may have mixed theirs into it since, as `fully_shard` does."""
-    if DecorrelatedLayer in mixed.__bases__:
+    if WatchedLayer in mixed.__bases__:
         return mixed.plain_class
-    bases = (_plain_class(base) if issubclass(base, DecorrelatedLayer) else base for base in mixed.__bases__)
+    bases = (_plain_class(base) if issubclass(base, WatchedLayer) else base for base in mixed.__bases__)
     own = {name: value for name, value in vars(mixed).items() if name not in ("__dict__", "__weakref__")}
-    return type(mixed.__name__.replace("Decorrelated", "", 1), tuple(bases), own)
+    return type(mixed.__name__.replace("Watched", "", 1), tuple(bases), own)
 
 
-def _layer_class(plain_class: type[nn.Module], run: Graphs | Watched) -> type[nn.Module]:
-    forward = _in_place_of(plain_class, run.bind(plain_class))
-    members = {"forward": forward, "plain_class": plain_class, "run": run, "__module__": __name__}
-    return type(f"Decorrelated{plain_class.__name__}", (DecorrelatedLayer, plain_class), members)
+def _layer_class(plain_class: type[nn.Module], reads: tuple[Read, ...], adapter: Adapter | None) -> type[nn.Module]:
+    """Return the class of all layers of one class that call their weights in one way: torch.compile sees one code."""
+    key = (plain_class, reads, adapter)
+    known = _classes.get(key)
+    if known is None:
+        members = {
+            "forward": _watched_forward(plain_class, reads, adapter), "plain_class": plain_class, "reads": reads,
+            "adapter": adapter, "__module__": __name__,
+        }  # fmt: skip
+        known = _classes[key] = type(f"Watched{plain_class.__name__}", (WatchedLayer, plain_class), members)
+    return known
 
 
-def _new_layer(plain_class: type[nn.Module], run: Graphs | Watched) -> nn.Module:
-    follow_optimizers()  # this process may have called no `transform`, and only unpickled a model
-    follow_registrations()
-    layer_class = _layer_class(plain_class, run)
+def _watched_forward(plain_class: type[nn.Module], reads: tuple[Read, ...], adapter: Adapter | None) -> Any:
+    """Return the forward of a watched layer; it looks like that of its own class.
+
+    Trainers keep a forward in wrappers of theirs, on the instance: after `fold` the layer's own one runs in them.
+    """
+    names = tuple(read.site for read in reads)
+    plain_forward: Callable[..., Any] = plain_class.forward
+    watched_forward = adapter or plain_forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        watched = self.training and isinstance(self, WatchedLayer)
+        if watched and (torch.compiler.is_compiling() or any(getattr(self, name).due for name in names)):
+            return run_watched(self, reads, watched_forward, args, kwargs)
+        return plain_forward(self, *args, **kwargs)
+
+    update_wrapper(forward, plain_forward)
+    del forward.__wrapped__  # type: ignore[attr-defined] # it leads past the recording
+    forward.__signature__ = signature(plain_forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _adapter_of(layer_class: type[WatchedLayer]) -> Adapter | None:
+    return vars(layer_class).get("adapter") or layer_class.adapter
+
+
+def _new_layer(plain_class: type[nn.Module], reads: tuple[Read, ...], adapter: Adapter | None) -> nn.Module:
+    layer_class = _layer_class(plain_class, reads, adapter)
     return layer_class.__new__(layer_class)

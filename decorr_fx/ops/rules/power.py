@@ -5,107 +5,84 @@
 
 p = 1/2 is whitening where an eigenvalue is well above delta; where it is far below, R is 1. The inputs of most layers
 are large in few directions: the mean and some others have nearly all of the second moment, and steps of W in those
-limit its learning rate. R never enlarges anything: no step of W goes further than it would without. Steps of W are
-preconditioned by R^T R. Weights that follow take `W <- W R_old R_new^-1`, as in natural neural networks
-(arXiv 1507.00210), where p is 1/2 and R a whole root.
+limit its learning rate. Steps of the weight are preconditioned by R^T R. Kaldi's online natural gradient
+(arXiv 1410.7455) has the same algebra.
 
 Sigma is that of a *sketch* `B [stacks, rank, d]` of orthogonal rows, the largest last: `Sigma = B^T B`, cut to its rank
-after each step. Its eigenvalues are the squared norms of the rows of B, and V is B with other norms: so the two are
-kept as one, V and the `scale` of each of its rows that makes it that of B. A matrix of d x d numbers is formed only
+after each step. Its eigenvalues are the squared norms of the rows of B, and U is B with other norms: so the two are
+kept as one, U and the `scale` of each of its rows that makes it that of B. A matrix of d x d numbers is formed only
 where d is small.
 
-A step has two parts: `learn` looks at rows and takes long; `replace` needs nothing but what was learned and the V
-before, so that one of several ranks may learn for all.
+A step has two parts: `update_moments` looks at rows and takes long; `apply_step` needs nothing but its result, so that
+one of several ranks may do the first for all.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from decorr_fx.ops.low_rank import Following, shrink
+from decorr_fx.config import Power
+from decorr_fx.ops.low_rank import LowRank
 from decorr_fx.ops.moment import Moment
 
 SMALLEST = 1e-6  # eigenvalue over delta below which R is the identity to float32's last digits
 
 
-@dataclass(frozen=True)
-class Past:
-    """What is remembered of x, after how many `steps [sites]`.
-
-    Attributes:
-        scale: `[stacks, rank]`; the sketch is V with its rows scaled by it.
-        trace: the mean square of a row, `[stacks]`: the trace of all of Sigma.
-        steps: how many there were.
-    """
-
-    scale: Tensor
-    trace: Tensor
-    steps: Tensor
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What rows of x tell: the new sketch and trace, and the second moment of z before the step."""
+class Moments(NamedTuple):
+    """Running moments of x: the sketch `[stacks, rank, d]`, and the mean square of a row, `[stacks]`, tr Sigma."""
 
     sketch: Tensor
     trace: Tensor
-    of_z: list[Moment]
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """R that is replaced: the new V in `factors`, the new scale and trace in `moments`, and what follows."""
+class State(NamedTuple):
+    """What is kept of R and of the moments: see above. `gradient_gain [stacks]` is s, of the gradient."""
 
-    factors: list[Tensor]
-    moments: Sequence[Tensor]
-    following: Following
-
-    @property
-    def carriers(self) -> tuple[Tensor]:
-        """What is not finite where R cannot be inverted."""
-        return (self.following.added,)
-
-    def retreat(self, stacked: Tensor, site: int = 0, sites: int = 1) -> Tensor:
-        """Return `W R_old R_new^-1` for the stacked weight of one of the sites that took the step together."""
-        each = len(self.factors[0]) // sites
-        return self.following(stacked, slice(site * each, (site + 1) * each))
+    U: Tensor
+    scale: Tensor
+    trace: Tensor
+    gradient_gain: Tensor
 
 
-def learn(V: Tensor, x: Tensor, count: Tensor, past: Past, rate: float) -> Learned:
-    """Return the new running moments.
+def update_moments(
+    state: State, steps: Tensor, x: Tensor, count: Tensor, rate: float, used: int
+) -> tuple[Moments, Moment]:
+    """Return the new running moments, and the second moment of z before the step.
 
     Args:
-        V: of R, `[stacks, rank, d]`.
+        state: of all stacks.
+        steps: how many rows' moments were taken in before, `[stacks]`.
         x: rows `[stacks, n, d]`; unused ones are zero.
         count: `[stacks]`, the number of rows in use.
-        past: what is remembered.
         rate: at which running moments follow new ones; the first few steps take their plain mean.
+        used: directions that R uses.
     """
-    rates = (1 / (past.steps + 1)).clamp(min=min(rate, 1)).to(x.dtype).repeat_interleave(len(V) // len(past.steps))
-    trace = past.trace.lerp(x.square().sum((1, 2)) / count, rates)
+    rates = (1 / (steps + 1)).clamp(min=rate).to(x.dtype)
+    trace = state.trace.lerp(x.square().sum((1, 2)) / count, rates)
     old_share, new_share = (1 - rates).sqrt(), (rates / count).sqrt()
-    sketch = (old_share[:, None] * past.scale)[..., None] * V
+    sketch = (old_share[:, None] * state.scale)[..., None] * state.U
     together = torch.cat([sketch, new_share[:, None, None] * x], 1)
-    of_z = Moment.of(shrink(x, V), count[:, None, None])
-    return Learned(largest_directions(together, V.shape[1]), trace, [of_z])
+    of_z = Moment.of(LowRank(state.U[:, -used:]).times(x), count[:, None, None])
+    return Moments(largest_directions(together, state.U.shape[1]), trace), of_z
 
 
-def replace(V: Tensor, sketch: Tensor, trace: Tensor, power: float, damping: float) -> Replacement:
-    """Return what replaces R of this V, `[stacks, rank, d]`, for the new running moments.
-
-    Args:
-        V: before the step.
-        sketch: as `learn` returns it.
-        trace: likewise.
-        power: p.
-        damping: delta over the mean eigenvalue.
-    """
-    lengths = _lengths(sketch, damping * trace / V.shape[2], power)
-    new = lengths[..., None] * sketch
+def apply_step(moments: Moments, rule: Power, used: int) -> State:
+    """Return what replaces the state, for new running moments, where R uses so many directions."""
+    sketch, trace = moments
+    lengths = _lengths(sketch, rule.damping * trace / sketch.shape[2], rule.power)
+    U = lengths[..., None] * sketch
     scale = torch.where(lengths > 0, 1 / lengths, 0)  # 0 where p is: nothing is remembered of what never shrinks
-    return Replacement([new], [scale, trace], Following.between(V, new))
+    return State(U, scale, trace, gradient_gain(sketch, U, trace, rule.gradient_gain, used))
+
+
+def gradient_gain(sketch: Tensor, U: Tensor, trace: Tensor, exponent: float, used: int) -> Tensor:
+    """Return `s = (tr Sigma / tr(R Sigma R))^exponent`, `[stacks]`."""
+    if not exponent:
+        return torch.ones_like(trace)
+    eigenvalues, shrunk = sketch[:, -used:].square().sum(2), 1 - U[:, -used:].square().sum(2)
+    after = trace - (eigenvalues * (1 - shrunk.square())).sum(1)
+    return torch.where(after > 0, trace / after, 1) ** exponent
 
 
 def largest_directions(rows: Tensor, rank: int) -> Tensor:
@@ -123,14 +100,9 @@ def largest_directions(rows: Tensor, rank: int) -> Tensor:
     return lengths * largest if dense else largest @ rows
 
 
-def directions_to_shrink(sketch: Tensor, delta: Tensor, power: float) -> Tensor:
-    """Return V of `I - V^T V = (I + B^T B / delta)^-power` for a sketch B, and `delta [stacks]`."""
-    return _lengths(sketch, delta, power)[..., None] * sketch
-
-
 def _lengths(sketch: Tensor, delta: Tensor, power: float) -> Tensor:
-    """Return what makes the rows of a sketch those of V, `[stacks, rank]`."""
-    delta = delta.clamp(min=torch.finfo(delta.dtype).tiny)[:, None]  # all rows were zero: so is V
+    """Return what makes the rows of a sketch B those of U of `I - U^T U = (I + B^T B / delta)^-p`."""
+    delta = delta.clamp(min=torch.finfo(delta.dtype).tiny)[:, None]  # all rows were zero: so is U
     ratio = (sketch.square().sum(2) / delta).clamp(min=SMALLEST)
     shrunk = -torch.expm1(-power * torch.log1p(ratio))  # 1 - (1 + ratio)^-power, right for small ones
     return (shrunk / ratio / delta).sqrt()

@@ -50,24 +50,24 @@ def check_checkpoint(module: nn.Module, state_dict: Mapping[str, Any], prefix: s
     """Refuse a checkpoint whose R does not fit, before anything is loaded: a pre-hook of `load_state_dict`.
 
     Raises:
-        CheckpointError: a factor has another shape than the model's, or is not finite.
+        CheckpointError: a part of R has another shape than the model's, or is not finite.
     """
     for name, site in module.named_modules(remove_duplicate=False):
         if not isinstance(site, Site):
             continue
-        found = {key for key in state_dict if key.startswith(f"{prefix}{name}.")}
-        expected = site.state_dict(prefix=f"{prefix}{name}.")
-        for key in sorted(found | expected.keys()) if found else []:
-            _check_entry(site.spec.fqn, key, expected.get(key), state_dict.get(key))
+        for key, own in site.state_dict(prefix=f"{prefix}{name}.").items():
+            if key in state_dict:
+                _check_entry(site.spec.fqn, key, own, state_dict[key])
 
 
-def _check_entry(fqn: str, key: str, own: object, saved: object) -> None:
-    advice = "transform the model with the config and the example_inputs that the checkpoint was trained with"
-    if not isinstance(saved, Tensor) or not isinstance(own, Tensor):
-        problem = "is not in the checkpoint" if isinstance(own, Tensor) else "of the checkpoint is not in the model"
-        raise CheckpointError(f"layer {fqn!r}: {key!r} {problem}; {advice}")
-    if saved.shape != own.shape:
-        shapes = f"shape {list(saved.shape)} in the checkpoint and {list(own.shape)} in the model"
-        raise CheckpointError(f"layer {fqn!r}: {key!r} has {shapes}; {advice}")
-    if not key.endswith(".rows") and not saved.isfinite().all():  # a step on such rows is refused anyway
-        raise CheckpointError(f"layer {fqn!r}: {key!r} holds NaN or infinity in the checkpoint; load an earlier one")
+def _check_entry(fqn: str, key: str, own: Tensor, saved: object) -> None:
+    if not isinstance(saved, Tensor) or saved.shape != own.shape:
+        found = f"shape {list(saved.shape)}" if isinstance(saved, Tensor) else type(saved).__name__
+        raise CheckpointError(
+            f"layer {fqn!r}: {key!r} has {found} in the checkpoint and shape {list(own.shape)} in the model; transform "
+            "the model with the rule that the checkpoint was trained with, or leave out the keys of R "
+            "(decorr_fx.state_keys): the weights are right without them"
+        )
+    if not saved.isfinite().all():
+        raise CheckpointError(f"layer {fqn!r}: {key!r} holds NaN or infinity in the checkpoint; load an earlier one, "
+                              "or leave out the keys of R (decorr_fx.state_keys)")  # fmt: skip

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from decorr_fx.runtime.site.registry import while_sites_live
 from decorr_fx.runtime.site.state import Site
 
 
 @cache
-def follow_registrations() -> None:
-    """Keep the buffers of sites from every DDP broadcast, from now on; calling it again does nothing."""
+def _start() -> None:
     register_module_module_registration_hook(_spare_sites)
 
 
@@ -24,3 +24,6 @@ def _spare_sites(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if isinstance(parent, DistributedDataParallel) and child is not None:
         sites = [(fqn, module) for fqn, module in child.named_modules() if isinstance(module, Site)]
         parent.parameters_to_ignore.update(f"{fqn}.{buffer}" for fqn, site in sites for buffer in site._buffers)
+
+
+while_sites_live(_start, lambda: None)

@@ -1,25 +1,24 @@
-"""A site: one R with the weights that it is applied to, its factors, and the rows recorded for its next step."""
+"""A site: one R, the weights that it belongs to, what is remembered of their input, and rows for its next step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
-from decorr_fx.ops.calls import one_each
-from decorr_fx.ops.keep import keep_folded, keep_folded_op
-from decorr_fx.ops.layout import Layout, fold_taps, fold_weight, identity_factors, mix_channels, output_of_mean
-from decorr_fx.ops.product import full_precision
-from decorr_fx.ops.sample import GOLDEN, ConvGeometry, conv_rows, linear_rows, recomputing, store_rows
-from decorr_fx.runtime.site.ranks import given_by_each, ranks
-from decorr_fx.runtime.site.shard import is_sharded
+from decorr_fx.config import Dbp, Power
+from decorr_fx.ops.cost import used_rank
+from decorr_fx.ops.layout import Factored, identity_factors, stack_weight, unstack_weight
+from decorr_fx.ops.low_rank import LowRank
+from decorr_fx.ops.sample import FORWARDS, ROWS, ConvGeometry, record_rows, record_rows_op
+from decorr_fx.runtime.site.owner import PATIENCE, warn_if_unowned
+from decorr_fx.runtime.site.ranks import Ranks, given_by_each
+from decorr_fx.runtime.site.registry import list_parameters, mark, register
+from decorr_fx.runtime.site.schedule import Schedule
 from decorr_fx.runtime.site.spec import SiteSpec
 from decorr_fx.runtime.site.weight import SiteWeight
-
-# Every site there is, copies included, in the order in which they were made: the optimizer hook looks here.
-LIVE_SITES: "WeakKeyDictionary[Site, None]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ class Recorded:
 
 
 class Site(nn.Module):
-    """The factors of one R, the weights that it is applied to, and the buffer of rows for its next step.
+    """The state of one R and the buffer of rows for its next step.
 
-    `record` and `decorrelate` are what the graph calls; R moves between an optimizer's step and the next forward, see
-    `runtime.move`. Factors and counters are saved with the model; recorded rows are not, since they never wait longer
-    than for the next step of the optimizer. Factors and rows are float32 at least, whatever the model is cast to.
+    A forward calls `record`, and nothing else of it: R acts on gradients and on moves of the weights, around the steps
+    of their optimizers. What is in `state_dict` is R, what is remembered of the input, and counters; recorded rows are
+    not, since they never wait longer than for the next step. All is float32 at least, whatever the model is cast to.
     """
 
     steps: Tensor
@@ -43,251 +42,207 @@ class Site(nn.Module):
     rows: Tensor
     seen: Tensor
     losses: Tensor
-    mean: Tensor
 
-    def __init__(self, spec: SiteSpec, weight_path: str, weights: tuple[SiteWeight, ...]) -> None:
+    def __init__(self, spec: SiteSpec, weights: tuple[SiteWeight, ...], ranks: Ranks, warned: set[str]) -> None:
         super().__init__()
         self.spec = spec
-        self.weight_path = weight_path  # from the module that this one is a child of
         self.weights = weights
-        self.placed = False  # a module has this one as its child
-        self.in_place: dict[int, Tensor] = {}  # `W R` where it stands in the place of W, while a forward runs
+        self.ranks = ranks
+        self.warned = warned  # what was said once, of all sites of a model
         self.paused = False
-        self.sharded = False
-        self.attempts = 0  # of the optimizer, on the host: which of them move R, and decor_lr, depend on it
+        self.recording_all = False  # `calibrate` records forwards without gradients, too
+        self.known: list[int] = []  # ids of the weights when rows were recorded last
+        self.used = spec.layout.rank  # directions that R uses
         self.same_on_all_ranks = False  # R has been checked to be
-        like = self.weights[0].get()
+        self.is_identity = True  # R has never moved
+        self.schedule = Schedule(spec.rule.update_every)
+        self.host = torch.tensor((1, 0, 0), device="cpu")  # for recordings of compiled graphs, too: see ops.sample
+        like = weights[0].parameter()
         device, dtype = like.device, _at_least_float32(like.dtype)
-        layout, slots = spec.layout, given_by_each(spec.slots, ranks())
-        for name, factor in zip(spec.factor_names, identity_factors(layout, device, dtype), strict=True):
-            self.register_buffer(name, factor)
-        for name, shape in spec.moment_shapes.items():
-            self.register_buffer(name, torch.zeros(shape, device=device, dtype=dtype))
-        if spec.demeaned:
-            self.register_buffer("mean", torch.zeros(layout.stacks, *layout.modes, device=device, dtype=dtype))
+        for name, shape in spec.state_shapes.items():
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
         for name in ("steps", "refused"):
             self.register_buffer(name, torch.zeros((), device=device, dtype=torch.int64))
-        width = layout.groups * layout.d
+        slots, width = given_by_each(spec.slots, ranks.count), spec.layout.groups * spec.layout.d
         self.register_buffer("rows", torch.zeros(slots, width, device=device, dtype=dtype), persistent=False)
         self.register_buffer("seen", torch.zeros((), device=device, dtype=torch.int64), persistent=False)
         self.register_buffer("losses", torch.zeros(2, device=device, dtype=dtype), persistent=False)
-        LIVE_SITES[self] = None
+        self.reset()
+        register(self)
+        list_parameters(self)
 
     @property
-    def factors(self) -> list[Tensor]:
-        """The factors of R, or V; see `ops.structure`."""
+    def state(self) -> list[Tensor]:
+        """R and what is remembered, in the order of `SiteSpec.state_shapes`."""
         buffers: dict[str, Any] = self._buffers  # get_buffer would look up each name in four ways
-        return [buffers[name] for name in self.spec.factor_names]
+        return [buffers[name] for name in self.spec.state_shapes]
+
+    def R(self) -> LowRank | Factored:  # noqa: N802 - the mathematics is written with capitals
+        """Return R as it is now, of all stacks."""
+        if isinstance(self.spec.rule, Power):
+            return LowRank(self.state[0][:, -self.used :])
+        return Factored(self.state[: 2 if self.spec.layout.paired else 1])
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """Return R as dense matrices `[groups, d, d]`."""
+        layout = self.spec.layout
+        eye = torch.eye(layout.d, device=self.rows.device, dtype=self.rows.dtype).repeat(layout.groups, 1, 1)
+        rows = replace(layout, d_out=layout.d, transposed=False)
+        return unstack_weight(self.R().times(stack_weight(eye, rows)), eye.shape, rows)
 
     @property
-    def moments(self) -> list[Tensor]:
-        """What is remembered of x; nothing where the rule does not."""
-        return [self.get_buffer(name) for name in self.spec.moment_shapes]
+    def trained(self) -> bool:
+        """Whether one of the weights is."""
+        return any((found := weight.find()) is not None and found.requires_grad for weight in self.weights)
 
-    def record(self, x: Tensor, output_padding: Sequence[int] = ()) -> None:
-        """Record a few rows of the layer's input `x`, as a graph sees it; see `ops.record`."""
-        if 0 not in self.in_place:  # else whoever put the weight in place watches this call, too
-            self.record_call(x, self.spec.geometry, output_padding)
-
-    def record_call(self, x: Tensor, geometry: ConvGeometry | None, output_padding: Sequence[int] | int) -> None:
+    def record(self, x: Tensor, geometry: ConvGeometry | None, out_size: Sequence[int]) -> None:
         """Record a few rows of the input `x` of a call with this geometry, where R moves at the coming step.
 
-        A compiled forward records always: it would be compiled twice, otherwise. What is not used is dropped.
+        Nothing is recorded of a forward without gradients, of frozen weights, or of nested and sparse inputs.
         """
-        if not torch.compiler.is_compiling() and (not self.due or recomputing()):
+        if not (torch.is_grad_enabled() or self.recording_all):
             return
-        slots, fraction, x = self.rows.shape[0], self.spec.config.sample_fraction, x.detach()
-        if geometry is None:
-            picked = linear_rows(x, slots, fraction, self.steps)
-        else:
-            padding = one_each(output_padding, len(geometry.kernel)) if geometry.transposed else ()
-            picked = conv_rows(x, slots, fraction, self.steps, geometry, padding)
-        store_rows(self.rows, self.seen, picked.to(self.rows.dtype))
+        rule, numbers = self.spec.rule, [] if geometry is None else geometry.numbers
+        fraction = rule.sample_fraction if isinstance(rule, Dbp) else 1.0
+        recorded = (self.rows, self.seen, self.steps, self.host, fraction, numbers, list(out_size))
+        if torch.compiler.is_compiling():  # whether a move is due is known when the graph runs
+            record_rows_op(x.detach(), *recorded)
+        elif self.due and self.trained and x.layout is torch.strided:
+            self._count_backward()
+            record_rows(x.detach(), *recorded)
 
-    def stands_in(self, W: object, index: int) -> bool:
-        """Tell whether `W` is not the weight number `index`, but `W R` that was put in its place."""
-        return index in self.in_place and self.in_place[index] is W
-
-    def decorrelate(self, W: Tensor, index: int = 0) -> Tensor:
-        """Return `W R` in the shape and type of W, weight number `index`; in float32 at least, under autocast, too."""
-        if self.stands_in(W, index):
-            return W
-        kept = self._kept(W, index)
-        return self._fold(W, self.weights[index].spec.layout) if kept is None else kept
-
-    def _fold(self, W: Tensor, layout: Layout) -> Tensor:
-        """Return `W R`, computed anew."""
-        with full_precision(W.device):
-            return fold_weight(W.to(self.factors[0].dtype), self.factors, layout).to(W.dtype)
-
-    def _kept(self, W: Tensor, index: int) -> Tensor | None:
-        """Return the kept `W R` where this one keeps it: in eval mode, where no gradient goes to W."""
-        kept = self._buffers.get(f"kept{index}")
-        if kept is None or self.sharded or not self.weights[index].is_parameter:
-            return None
-        if torch.is_grad_enabled() and W.requires_grad:
-            return None
-        if (kept.shape, kept.dtype, kept.device) != (W.shape, W.dtype, W.device):
-            return None
-        layout = self.weights[index].spec.layout
-        if torch.compiler.is_compiling():
-            keep_folded_op(kept, W.detach(), self.factors, layout.numbers)
-        else:
-            keep_folded(kept, W.detach(), self.factors, layout)
-        return kept
+    def _count_backward(self) -> None:
+        """Count forwards that begin a new gradient, and warn where none of them leads to a step."""
+        weights = [weight.parameter() for weight in self.weights]
+        if [*map(id, weights)] != self.known:  # replaced by hand
+            self.known = [*map(id, weights)]
+            mark(self)
+        self.schedule.unowned += all(weight.grad is None for weight in weights)
+        if (
+            self.schedule.unowned == PATIENCE
+            and "unowned" not in self.warned
+            and warn_if_unowned(self.spec.fqn, weights)
+        ):
+            self.warned.add("unowned")
 
     def make_room(self) -> None:
         """Have room for the rows that this rank gives; those that are recorded stay, as far as they fit."""
-        slots = given_by_each(self.spec.slots, ranks())
+        slots = given_by_each(self.spec.slots, self.ranks.count)
         if len(self.rows) != slots:
             kept = self.rows[:slots]
             self.rows = self.rows.new_zeros(slots, self.rows.shape[1])
             self.rows[: len(kept)] = kept
             self.seen.clamp_(max=len(kept))
 
-    def note_sharding(self) -> None:
-        """Notice that a weight is sharded: one that is gathered anew for each forward does not tell that it changed."""
-        self.sharded = self.sharded or any(is_sharded(weight.find()) for weight in self.weights)
-
-    def train(self, mode: bool = True) -> "Site":
-        """Make room for what is kept in eval mode, or give it back; what was kept before is forgotten."""
-        self.note_sharding()
-        for index, weight in enumerate(self.weights):
-            room = None if mode or not weight.is_parameter or self.sharded else _empty_like(weight.get())
-            self.register_buffer(f"kept{index}", room, persistent=False)
-        return super().train(mode)
-
-    def decorrelate_call(self, x: Tensor, W: Tensor, index: int = 0) -> tuple[Tensor, Tensor]:
-        """Return what a call on input x and weight W is to be made on: `(x, W R)`, or `(R x, W)` where x is smaller.
-
-        The outputs are the same but for rounding. Applied to the smaller of the two, R costs less time, and no more
-        memory. Of a Kronecker pair only the factor over channels can go to the input.
-        """
-        layout = self.weights[index].spec.layout
-        if self.stands_in(W, index) or not self._on_input(x, W, layout):
-            return x, self.decorrelate(W, index)
-        with full_precision(W.device):
-            taps = fold_taps(W.to(self.factors[0].dtype), self.factors).to(W.dtype)
-        return mix_channels(x, self.factors[0], self.spec.spatial, layout), taps
-
-    def _on_input(self, x: Tensor, W: Tensor, layout: Layout) -> bool:
-        return self.training and layout.on_channels and not self.spec.demeaned and x.numel() < W.numel()
-
-    def shift_bias(self, bias: Tensor, W_eff: Tensor, index: int = 0) -> Tensor:
-        """Return `b - W R mu`, the bias of a layer that sees demeaned rows through the folded weight `W_eff`."""
-        with full_precision(bias.device):
-            layout = self.weights[index].spec.layout
-            shift = output_of_mean(W_eff.to(self.mean.dtype), self.mean, layout)
-            return (bias.to(shift.dtype) - shift).to(bias.dtype)
-
-    @torch.no_grad()
-    def fold_into_weights(self) -> None:
-        """Write `W R` into every weight, or the part of it that this rank holds, and `b - W R mu` into its bias.
-
-        R is to be dropped afterwards.
-        """
-        for index, weight in enumerate(self.weights):
-            W, layout = weight.held()
-            W.copy_(self._fold(W, layout))
-            if weight.spec.centered and weight.bias is not None:
-                bias = weight.bias.get()
-                bias.copy_(self.shift_bias(bias, W, index))
-
-    def advance(self) -> float | None:
-        """Count a step of the optimizer; return the step size of R if R is to move now, else None."""
-        config = self.spec.config
-        due, decor_lr = self.due, config.lr_at(self.attempts)
-        self.attempts += 1
-        return decor_lr if due else None
-
-    @property
-    def due(self) -> bool:
-        """Whether R moves at the next step of the optimizer.
-
-        It does at one of n steps, where n grows from 1 to `update_every`: at first everything moves fast. They are
-        spread by the golden ratio: strictly every n-th step would never come for a layer that is used at every second
-        one, or under an optimizer that wraps another and counts twice.
-        """
-        most = self.spec.config.update_every
-        return self.attempts * GOLDEN % 1 < 1 / min(most, 1 + self.attempts // most)
-
     def recorded(self) -> Recorded:
         """Return what this process has recorded since the last step of R."""
         return Recorded(self.rows, torch.arange(len(self.rows), device=self.seen.device) < self.seen)
 
-    def forget(self) -> None:
-        """Drop the rows recorded so far."""
+    @property
+    def due(self) -> bool:
+        """Whether R moves at the next step of an optimizer that has one of the weights."""
+        return self.schedule.due
+
+    def begin_recording(self) -> None:
+        """Drop the rows recorded so far, and record those of the next step if R moves at it."""
+        self.schedule.due = self.schedule.due and self.trained and not self.paused
+        self.host.copy_(torch.tensor((int(self.due), 0, 0), device="cpu"))
         self.seen.zero_()
 
+    def rows_of_step(self) -> int:
+        """Return how many rows of its input the layers have mapped since the last step, as far as was recorded."""
+        return int(self.host[ROWS])
+
+    def fit_budget(self, rows: int) -> None:
+        """Let R use as many directions as `cost_budget` allows in steps of so many rows."""
+        rule = self.spec.rule
+        if isinstance(rule, Power) and rows:
+            self.used = used_rank(self.spec.layout.rank, rows, rule.cost_budget)
+
+    def recorded_forwards(self) -> int:
+        """Return how many forwards were recorded since the last step."""
+        return int(self.host[FORWARDS])
+
+    @torch.no_grad()
     def reset(self) -> None:
         """Set R to the identity and every counter to zero, as `transform` leaves them."""
-        identity = identity_factors(self.spec.layout, self.rows.device, self.rows.dtype)
-        for factor, start in zip(self.factors, identity, strict=True):
-            factor.copy_(start)
-        self.reset_moments()
-        if self.spec.demeaned:
-            self.mean.zero_()
-        self.reset_counters()
-        self.same_on_all_ranks = False
-
-    def reset_moments(self) -> None:
-        """Let running moments start anew, with the next step as the first one."""
-        for moment in self.moments:
-            moment.zero_()
-        self.steps.zero_()
-
-    def reset_counters(self) -> None:
-        """Let the site be as before its first step, but for R."""
-        for buffer in (self.steps, self.refused, self.seen, self.losses):
+        for buffer in (*self.state, self.steps, self.refused, self.losses):
             buffer.zero_()
-        self.attempts = 0
+        if not isinstance(self.spec.rule, Power):
+            for factor, start in zip(self.state, identity_factors(self.spec.layout, self.rows.device, self.rows.dtype),
+                                     strict=False):  # fmt: skip
+                factor.copy_(start)
+        elif self.spec.rule.gradient_gain:
+            self.state[-1].fill_(1)
+        self.is_identity = True
+        self.used, self.same_on_all_ranks = self.spec.layout.rank, False
+        self.schedule.restart(0)
+        self.begin_recording()
 
     def get_extra_state(self) -> Tensor:
-        """Return the number of optimizer steps seen, as a tensor: some checkpoint formats hold nothing else."""
-        return torch.tensor(self.attempts)
+        """Return the steps of the optimizer and the directions used, as a tensor: some formats hold nothing else."""
+        return torch.tensor((self.schedule.attempts, self.used), device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` returned."""
-        self.attempts = int(state)
+        attempts, self.used = state.tolist()
+        self.schedule.restart(attempts)
 
-    def expect(self, checkpoint: Mapping[str, Any], prefix: str, name: str) -> None:
-        """Set R to the identity where the checkpoint has the weight and no R: its weight then acts on plain inputs.
-
-        `prefix` is that of the layer which has this site as its child `name`.
-        """
-        if prefix + self.weight_path in checkpoint and not _has(checkpoint, f"{prefix}{name}."):
-            with torch.no_grad():
-                self.reset()
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if not _has(state_dict, prefix):
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Load R; where there is no key of it, it stays as it is, and where some are missing, it starts anew."""
+        self.follow_weights()
+        found = {key for key in state_dict if key.startswith(prefix)}
+        if not found:
             return  # the checkpoint of a plain model, or a part of one: nothing of ours is missing
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.forget()
-        self.same_on_all_ranks = False
+        missing = sorted(self.state_dict(prefix=prefix).keys() - found)
+        if missing:
+            self.reset()
+            warn(f"layer {self.spec.fqn!r}: {missing[0]!r} is not in the checkpoint, so that its R starts anew from "
+                 "the identity; its weights are those of the checkpoint", stacklevel=2)  # fmt: skip
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.same_on_all_ranks = self.is_identity = False
+        self.begin_recording()
+
+    def follow_weights(self) -> None:
+        """Be where the weights are, after they were replaced by others: from a meta device, or by `assign=True`."""
+        mark(self)
+        device = self.weights[0].parameter().device
+        if device != self.rows.device:
+            lost = self.rows.is_meta
+            self.to_empty(device=device) if lost else self.to(device)
+            if lost:
+                self.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Site":
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():  # a cast to half precision must not reach R or its statistics
             old = before[name]
-            if name.startswith("kept"):
-                continue  # it has the type of its weight
             if buffer is not None and old is not None and buffer.dtype != (keep := _at_least_float32(buffer.dtype)):
                 self._buffers[name] = old.to(buffer.device, keep)
+        if before["rows"] is not None and before["rows"].is_meta and not self.rows.is_meta:
+            self.reset()  # there was nothing on the meta device
+        mark(self)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.paused = False
-        self.in_place = {}
-        LIVE_SITES[self] = None  # a deep copy, or an unpickled one
+        self.paused = self.recording_all = False
+        register(self)  # a deep copy, or an unpickled one,
+        mark(self)  # of which the weights may not be there yet
 
     def extra_repr(self) -> str:
         """Describe the site in a printed model."""
         kind, layout = self.spec.weights[0].kind, self.spec.layout
         shared = f", shared by {len(self.weights)} weights" if len(self.weights) > 1 else ""
-        return f"{kind}, d={layout.d}, {layout.structure}, rule={self.spec.config.rule}{shared}"
+        return f"{kind}, d={layout.d}, {layout.structure}, {type(self.spec.rule).__name__}{shared}"
 
 
 def sites_of(model: nn.Module) -> Iterator[Site]:
@@ -295,14 +250,6 @@ def sites_of(model: nn.Module) -> Iterator[Site]:
     return (module for module in model.modules() if isinstance(module, Site))
 
 
-def _empty_like(W: Tensor) -> Tensor:
-    with torch.inference_mode(False):  # it may be written outside, too
-        return torch.empty_like(W.detach())
-
-
-def _has(state_dict: Mapping[str, Any], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in state_dict)
-
-
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the type itself where it is no floating-point type."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype

@@ -1,10 +1,10 @@
-"""Who makes what: on several ranks one of them looks at the rows of a site for all, where that sends no more.
+"""Which rank computes what: on several ranks one of them reads the rows of a site for all, where that sends no more.
 
-A step of R by a rule that remembers comes to what rows tell of a site (see `runtime.finding`), which takes long to make
-and is small. So each rank sends its share of the rows to the one that makes it, and that one sends the finding to all.
+A step of R by the rule `Power` comes to new moments of the rows (see `step.update`), which take long to compute and are
+small. So each rank sends its share of the rows to the owner of the site, and the owner sends the update to all.
 
-A rule of small steps is taken by all ranks alike, on rows that are sent to all: weights follow by what its step is made
-of, matrices of d x d numbers and more, which cost more to send than to make.
+A rule of small steps is taken by all ranks alike, on rows that are sent to all: its step is a matrix of d x d numbers
+or more, which costs more to send than to compute.
 
 Bytes are those that a rank sends, on average over ranks, where each collective does as well as it can. With w ranks, a
 sum of N bytes takes 2 N (w - 1) / w, as that of gradients does. N bytes of which each rank has its part take
@@ -14,34 +14,35 @@ N (w - 1) / w to be given to all, and a w-th of that where each of them is given
 import heapq
 from collections.abc import Sequence
 
-from decorr_fx.ops.cost import learn_flops
+from decorr_fx.config import Power
+from decorr_fx.ops.cost import moment_flops
 from decorr_fx.runtime.site.state import Site
-from decorr_fx.runtime.step.finding import numbers_of_finding
+from decorr_fx.runtime.step.update import numbers_of_update
 
 
-def makers(sites: Sequence[Site], ranks: int) -> dict[Site, int]:
-    """Return which rank looks at the rows of each site for all; none for a site at which all look.
+def owner_ranks(sites: Sequence[Site], ranks: int) -> dict[Site, int]:
+    """Return which rank reads the rows of each site for all; none for a site whose rows all ranks read.
 
     The longest first, each to the rank that has least to do: the same on all ranks, in whatever order the sites are.
     """
-    divided = sorted((s for s in sites if is_divided(s, ranks)), key=lambda s: (-look_flops(s), s.spec.fqn))
+    divided = sorted((s for s in sites if is_divided(s, ranks)), key=lambda s: (-update_flops(s), s.spec.fqn))
     loads = [(0, rank) for rank in range(ranks)]
     found = {}
     for site in divided:
         load, rank = loads[0]
-        heapq.heapreplace(loads, (load + look_flops(site), rank))
+        heapq.heapreplace(loads, (load + update_flops(site), rank))
         found[site] = rank
     return found
 
 
 def is_divided(site: Site, ranks: int) -> bool:
-    """Tell whether one rank looks at the rows of a site for all: where it may, and that sends no more."""
-    return ranks > 1 and site.spec.remembers and _sent_divided(site, ranks) <= _sent_to_all(site, ranks)
+    """Tell whether one rank reads the rows of a site for all: where it may, and that sends no more."""
+    return ranks > 1 and isinstance(site.spec.rule, Power) and _sent_divided(site, ranks) <= _sent_to_all(site, ranks)
 
 
-def look_flops(site: Site) -> int:
+def update_flops(site: Site) -> int:
     """Return the FLOP of what is divided: by shapes that all ranks have alike, whatever examples they were given."""
-    return learn_flops(site.spec.layout, site.spec.slots)
+    return moment_flops(site.spec.layout, site.spec.slots)
 
 
 def exchanged_bytes(sites: Sequence[Site], ranks: int) -> int:
@@ -59,5 +60,5 @@ def _sent_to_all(site: Site, ranks: int) -> float:
 
 
 def _sent_divided(site: Site, ranks: int) -> float:
-    numbers = numbers_of_rows(site) / ranks + numbers_of_finding(site)
+    numbers = numbers_of_rows(site) / ranks + numbers_of_update(site)
     return site.rows.element_size() * numbers * (ranks - 1) / ranks

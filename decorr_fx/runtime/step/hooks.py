@@ -1,118 +1,200 @@
-"""When R moves: right after the step of the optimizer that owns the site's weight, and at no other time.
+"""What happens around `optimizer.step()`: a change of coordinates, and then R moves where it is due.
 
-A loop that is valid for W, which changes in place at `optimizer.step()`, is then valid for R: gradient accumulation,
-two forwards before one backward, checkpointing, skipped steps of a GradScaler, several optimizers.
+Where one optimizer steps inside another, as in Lookahead and in ZeRO, the inner one makes the moves of the weights, and
+what the outer one writes besides is left as it is. R moves at the end of the outer one, which owns the same on
+all ranks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
+from warnings import warn
+from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from decorr_fx.runtime.site.ranks import ranks
-from decorr_fx.runtime.site.state import LIVE_SITES, Site, sites_of
+from decorr_fx.runtime.site.registry import while_sites_live
+from decorr_fx.runtime.site.state import Site, sites_of
+from decorr_fx.runtime.step.batch import Batch, after_step, before_step, grouped
 from decorr_fx.runtime.step.exchange import Exchange, check_same, share
-from decorr_fx.runtime.step.move import Move, group_by_shape, group_findings, look, move, take
+from decorr_fx.runtime.step.move import Move, apply_updates, group_by_shape, move, shape_of, update_moments
+from decorr_fx.runtime.step.owned import Owned, owned_by
 
-_ON_THEIR_WAY: "WeakKeyDictionary[Optimizer, Exchange]" = WeakKeyDictionary()  # while an optimizer steps
+_handles: list[RemovableHandle] = []
+_plain: "WeakSet[Optimizer]" = WeakSet()  # optimizers that look at the loss several times a step: left as they are
 
 
-@cache
-def follow_optimizers() -> None:
-    """Let every site follow the optimizer that owns its weight, from now on; calling it again does nothing."""
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+@dataclass
+class _Step:
+    """A step that is being made.
+
+    Attributes:
+        optimizer: whose; None for `stepping`.
+        owned: what it owns.
+        batches: what is needed after it.
+        exchange: rows of several ranks that are on their way meanwhile.
+        evaluations: how often it has called its closure.
+        outer: another one is made inside of it.
+    """
+
+    optimizer: Optimizer | None
+    owned: Owned
+    batches: Sequence[Batch] = ()
+    exchange: Exchange | None = None
+    evaluations: int = 0
+    outer: bool = False
+
+    def begin(self, innermost: bool) -> None:
+        """Map the gradients that are there now, and let rows of several ranks be on their way."""
+        self.batches = before_step(self.owned.weights)
+        due = [site for site in self.owned.sites if site.due and site.ranks.count > 1] if innermost else []
+        if due := ready(due):
+            check_same(due)
+            self.exchange = Exchange.start(due)
+
+
+@dataclass
+class _Steps(threading.local):
+    """The steps that are being made in a thread, the outermost first."""
+
+    steps: list[_Step] = field(default_factory=list)
+
+
+_running = _Steps()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Let rows of several ranks be on their way while the optimizer steps: all of them are recorded by now."""
-    _ON_THEIR_WAY.pop(optimizer, None)  # of a step that failed
-    given = (*args[1:], *kwargs.values())  # a closure would run forwards now; the first argument is the optimizer
-    if ranks() > 1 and all(argument is None for argument in given):
-        sites = ready_sites(_owned_by(optimizer))
-        check_same(sites)
-        _ON_THEIR_WAY[optimizer] = Exchange.start([site for site in sites if site.due])
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    owned = owned_by(optimizer)
+    if not owned.weights:
+        return None
+    steps = _running.steps
+    steps[:] = [step for step in steps if step.optimizer is None or _is_running(step.optimizer, optimizer)]
+    for step in steps:
+        step.outer = True
+    if isinstance(optimizer, LBFGS) or optimizer in _plain:
+        _leave_plain(optimizer)
+        return None
+    steps.append(step := _Step(optimizer, owned))
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        step.begin(len(steps) == 1)
+        return None
+    kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
+    return (args[0], _evaluated(step, closure), *args[2:]), kwargs
+
+
+def _evaluated(step: _Step, closure: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the closure of a step: once it was called, the gradients are there."""
+
+    def evaluate() -> Any:
+        loss = closure()
+        step.evaluations += 1
+        if step.evaluations == 1:
+            step.begin(False)
+        return loss
+
+    return evaluate
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    step_sites(_owned_by(optimizer), _ON_THEIR_WAY.pop(optimizer, None))
-    _ON_THEIR_WAY.clear()  # those of an optimizer around this one: what was recorded is used by now
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    steps = _running.steps
+    if not steps or steps[-1].optimizer is not optimizer:
+        return
+    step = steps.pop()
+    if not step.outer:
+        after_step(step.batches)
+        if step.evaluations > 1:
+            _leave_plain(optimizer)
+    if not steps:
+        move_due(step.owned.sites, step.exchange)
 
 
-def _owned_by(optimizer: Optimizer) -> Iterator[Site]:
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return (site for site in list(LIVE_SITES) if owned.issuperset(id(weight.find()) for weight in site.weights))
+def _is_running(optimizer: Optimizer, inner: Optimizer) -> bool:
+    """Tell whether the step of an optimizer is being made now: one that raised an error has left its record behind."""
+    if optimizer is inner:
+        return False
+    return any(frame.f_locals.get("self") is optimizer for frame in _callers())
 
 
-def step_sites(sites: Iterable[Site], on_their_way: Exchange | None = None) -> None:
-    """Step the given sites, except those that are paused or have a frozen weight, which could not follow.
+def _leave_plain(optimizer: Optimizer) -> None:
+    """Leave the steps of an optimizer as they are from now on, and say so once."""
+    for site in owned_by(optimizer).sites:
+        site.schedule.unowned = 0
+    if optimizer not in _plain:
+        _plain.add(optimizer)
+        name = type(optimizer).__name__
+        warn(f"{name} evaluates the loss several times a step: its steps are made without decorrelation", stacklevel=2)
+
+
+@contextmanager
+def stepping_sites(model: nn.Module) -> Iterator[None]:
+    """Do around the body what is done around a step of a `torch.optim.Optimizer` that owns all weights of the model."""
+    steps = _running.steps
+    steps.append(step := _Step(None, Owned.of_sites(list(sites_of(model)))))
+    try:
+        step.begin(len(steps) == 1)
+        yield
+        if not step.outer:
+            after_step(step.batches)
+    finally:
+        steps.remove(step)
+    if not steps:
+        move_due(step.owned.sites, step.exchange)
+
+
+def move_due(sites: Iterable[Site], on_their_way: Exchange | None = None) -> None:
+    """Count a step of the optimizer for each of the sites, and move R where it is due.
 
     Raises:
         DistributedError: R is not the same on all ranks.
-        LayerError: a weight was untied after `transform`; no R has moved then.
     """
-    ready = ready_sites(sites)
-    if on_their_way is None:
-        check_same(ready)
-    due = {site: decor_lr for site in ready if (decor_lr := site.advance()) is not None}
-    _move_all(due, on_their_way)
-    for site in ready:
-        site.forget()
-
-
-def move_recorded(sites: Sequence[Site]) -> None:
-    """Move the R of every site on what it recorded; running moments take the plain mean of all since their reset.
-
-    No step of an optimizer is counted.
-    """
-    check_same(sites)
-    _move_all(dict.fromkeys(sites, 0.0))
+    sites = list(sites)
+    due = [site for site in sites if site.due]
+    if due:
+        if on_their_way is None:
+            check_same(ready(due))
+        move_all({site: site.spec.rule.rate_at(site.schedule.attempts) for site in ready(due)}, on_their_way)
     for site in sites:
-        site.forget()
+        if site.schedule.count():
+            site.begin_recording()
 
 
-def _move_all(sites: Mapping[Site, float], on_their_way: Exchange | None = None) -> None:
-    """Move the R of each site by its step size, on the rows of all ranks."""
-    recorded, divided = {site: site.recorded() for site in sites}, dict[Site, int]()  # by the rank that looks for all
-    if ranks() > 1:
-        exchange = Exchange.start(list(sites)) if on_their_way is None else on_their_way
-        recorded, divided = exchange.wait(), exchange.makers
+def move_all(sites: Mapping[Site, float], on_their_way: Exchange | None = None) -> None:
+    """Move the R of each site at its rate, on the rows of all ranks."""
+    recorded = {site: site.recorded() for site in sites if site.ranks.count == 1}
+    owner: dict[Site, int] = {}
+    if len(recorded) < len(sites):
+        exchange = on_their_way or Exchange.start([site for site in sites if site not in recorded])
+        recorded |= exchange.wait()
+        owner = exchange.owner
+    for site in sites:
+        if site.ranks.count == 1:
+            site.fit_budget(site.rows_of_step())
     moves = [Move(site, rows, sites[site]) for site, rows in recorded.items()]
-    for group in group_by_shape(one for one in moves if one.site not in divided):
+    for group in group_by_shape(one for one in moves if one.site not in owner):
         move(group)
-    found = [one for group in group_by_shape(one for one in moves if one.site in divided) for one in look(group)]
-    for steps in group_findings(share(found, divided) if divided else []):
-        take(steps)
+    mine = group_by_shape(one for one in moves if one.site in owner)
+    updates = [one for group in mine for one in update_moments(group)]
+    for of_shape in grouped(share(updates, owner), lambda one: shape_of(one.site)) if owner else []:
+        apply_updates(of_shape)
 
 
-def ready_sites(sites: Iterable[Site]) -> list[Site]:
-    """Return the sites that can move now: not paused, nor of a frozen weight; those drop their rows.
-
-    Raises:
-        LayerError: a weight was untied after `transform`.
-    """
-    ready = []
-    for site in sites:
-        parameters = [parameter for weight in site.weights if (parameter := weight.find()) is not None]
-        site.note_sharding()
+def ready(sites: Iterable[Site]) -> list[Site]:
+    """Return the sites that can move now: not paused, nor of frozen weights alone."""
+    found = [site for site in sites if site.trained and not site.paused]
+    for site in found:
         site.make_room()
-        if site.paused or len(parameters) < len(site.weights):
-            continue
-        if all(parameter.requires_grad for parameter in parameters):
-            for weight in site.weights:
-                weight.check()
-            ready.append(site)
-        else:
-            site.forget()
-    return ready
+    return found
 
 
 @contextmanager
@@ -121,9 +203,36 @@ def paused_sites(model: nn.Module) -> Iterator[None]:
     held = [site for site in sites_of(model) if not site.paused]
     for site in held:
         site.paused = True
+        site.begin_recording()
     try:
         yield
     finally:
         for site in held:
             site.paused = False
-            site.forget()
+            site.schedule.restart(site.schedule.attempts)
+            site.begin_recording()
+
+
+def _start() -> None:
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before))
+        _handles.append(register_optimizer_step_post_hook(_after))
+
+
+def _stop() -> None:
+    """Take the hooks out, but not while a step goes through them: the last model may vanish at any moment."""
+    if any(frame.f_globals.get("__name__") == Optimizer.__module__ for frame in _callers()):
+        return
+    while _handles:
+        _handles.pop().remove()
+
+
+def _callers() -> Iterator[FrameType]:
+    """Yield the frames of all functions that are being called in this thread, the innermost first."""
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        yield frame
+
+
+while_sites_live(_start, _stop)

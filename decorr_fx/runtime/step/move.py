@@ -1,60 +1,48 @@
 """Moving R: sites of equal shape take their step together, in one batch.
 
-A step of a rule that remembers has two parts: one looks at the rows, and what it finds is small; the other takes the
-step. On several ranks the first part may be made elsewhere.
+A step of the rule `Power` has two parts: one reads the rows, and what it comes to is small; the other takes the step.
+On several ranks the first part may be done elsewhere. Nothing here waits for the device.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from decorr_fx.ops.layout import stack_rows
-from decorr_fx.ops.product import full_precision
+from decorr_fx.config import Power, SmallSteps
+from decorr_fx.ops.coordinates import divided, multiply_into
+from decorr_fx.ops.layout import Layout, stack_rows
+from decorr_fx.ops.moment import losses
+from decorr_fx.ops.precision import full_precision
 from decorr_fx.ops.rules import power
-from decorr_fx.ops.rules.step import losses, step_factors
+from decorr_fx.ops.rules.small_steps import step_factors
 from decorr_fx.runtime.site.state import Recorded, Site
-from decorr_fx.runtime.step.finding import Finding
-from decorr_fx.runtime.step.follow import split, take_step
+from decorr_fx.runtime.step.batch import grouped
+from decorr_fx.runtime.step.update import MomentUpdate
 
 MEAN_MOMENTUM = 0.1  # of the running mean of the rows, as CRGD has it
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Move:
-    """A step of R that is to be taken: of which site, on which rows, and how far."""
+    """A step of R that is to be taken: of which site, on which rows, and at which rate."""
 
     site: Site
     recorded: Recorded
-    decor_lr: float
+    rate: float
 
 
 def group_by_shape(moves: Iterable[Move]) -> Iterator[list[Move]]:
     """Yield the moves that can be made together."""
-    return grouped(moves, lambda one: (_shape(one.site), one.decor_lr))
+    return grouped(moves, lambda one: (shape_of(one.site), one.rate))
 
 
-def group_findings(findings: Iterable[Finding]) -> Iterator[list[Finding]]:
-    """Yield the findings of which the steps can be taken together."""
-    return grouped(findings, lambda one: _shape(one.site))
-
-
-def grouped(items: Iterable[T], key: Callable[[T], Any]) -> Iterator[list[T]]:
-    """Yield the items of each key, in the order in which the keys come first."""
-    groups: dict[Any, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    yield from groups.values()
-
-
-def _shape(site: Site) -> tuple[Any, ...]:
+def shape_of(site: Site) -> tuple[Any, ...]:
     """Return what sites have in common that step in one batch."""
-    shapes = tuple((weight.layout, weight.centered) for weight in site.spec.weights)
-    return shapes, site.spec.config, site.rows.shape, site.rows.dtype, site.rows.device
+    layouts = tuple(weight.layout for weight in site.spec.weights)
+    return layouts, site.spec.rule, site.used, site.rows.shape, site.rows.dtype, site.rows.device
 
 
 @torch.no_grad()
@@ -63,89 +51,94 @@ def move(moves: Sequence[Move]) -> None:
 
     A site without rows does not move. A step whose rows or results are not finite is refused and counted.
     """
-    if moves[0].site.spec.remembers:
-        take(look(moves))
+    sites, rule = [one.site for one in moves], moves[0].site.spec.rule
+    if isinstance(rule, Power):
+        apply_updates(update_moments(moves))
         return
-    sites, config = [one.site for one in moves], moves[0].site.spec.config
+    assert isinstance(rule, SmallSteps)
     with full_precision(sites[0].rows.device):
-        rows = _rows(moves)
-        step = step_factors(_factors(sites), rows.x, rows.count, config, moves[0].decor_lr)
-        take_step(sites, step, rows.means, losses(step.of_z, len(sites)), rows.seen)
+        x, seen, used = _rows(moves)
+        count, means = seen.repeat_interleave(sites[0].spec.layout.stacks), []
+        if sites[0].spec.demeaned:
+            x, mean = _demean(sites, x, count, used)
+            means = [mean]
+        factors = [_join(of_sites) for of_sites in zip(*(site.R().factors for site in sites), strict=True)]  # type: ignore[union-attr]
+        stepped, of_z = step_factors(factors, x, count, rule, moves[0].rate)
+        _commit(sites, [*stepped, *means], losses(of_z, len(sites)), seen > 0)
 
 
 @torch.no_grad()
-def look(moves: Sequence[Move]) -> list[Finding]:
-    """Return what the rows of sites of equal shape tell, for a rule that remembers; nothing has moved then."""
+def update_moments(moves: Sequence[Move]) -> list[MomentUpdate]:
+    """Return the new moments of sites of equal shape; nothing has moved then."""
     sites = [one.site for one in moves]
     with full_precision(sites[0].rows.device):
-        rows = _rows(moves)
-        (V,) = _factors(sites)
-        learned = power.learn(V, rows.x, rows.count, _past(sites), moves[0].decor_lr)
-        moments = split(learned.sketch, sites), split(learned.trace, sites)
-        means: Sequence[Tensor | None] = [None] * len(sites) if rows.means is None else rows.means
-        found, seen = losses(learned.of_z, len(sites)), rows.seen.to(V.dtype)[:, None]
-        return [Finding(*parts) for parts in zip(sites, *moments, means, found, seen, strict=True)]
+        x, seen, _ = _rows(moves)
+        stacks = sites[0].spec.layout.stacks
+        state = [_join(of_sites) for of_sites in zip(*(site.state for site in sites), strict=True)]
+        steps = torch.stack([site.steps for site in sites]).repeat_interleave(stacks)
+        before = power.State(state[0], state[1], state[2], state[-1])
+        moments, of_z = power.update_moments(
+            before, steps, x, seen.repeat_interleave(stacks), moves[0].rate, sites[0].used
+        )
+        found, rows = losses([of_z], len(sites)), seen.to(x.dtype)[:, None]
+        parts = (moments.sketch.chunk(len(sites)), moments.trace.chunk(len(sites)), found, rows)
+        return [MomentUpdate(*one) for one in zip(sites, *parts, strict=True)]
 
 
 @torch.no_grad()
-def take(findings: Sequence[Finding]) -> None:
-    """Take the step of sites of equal shape, by what their rows tell; see `move`."""
-    sites = [one.site for one in findings]
-    config = sites[0].spec.config
+def apply_updates(updates: Sequence[MomentUpdate]) -> None:
+    """Take the step of sites of equal shape, by the new moments of their rows; see `move`."""
+    sites = [one.site for one in updates]
+    rule = sites[0].spec.rule
+    assert isinstance(rule, Power)
     with full_precision(sites[0].rows.device):
-        sketch, trace = _join([one.sketch for one in findings]), _join([one.trace for one in findings])
-        (V,) = _factors(sites)
-        step = power.replace(V, sketch, trace, config.power, config.damping)
-        means = [one.mean for one in findings if one.mean is not None] or None
-        found, seen = torch.stack([one.losses for one in findings]), torch.cat([one.seen for one in findings])
-        take_step(sites, step, means, found, seen)
+        moments = power.Moments(_join([one.sketch for one in updates]), _join([one.trace for one in updates]))
+        state = power.apply_step(moments, rule, sites[0].used)
+        found, seen = torch.stack([one.losses for one in updates]), torch.cat([one.seen for one in updates])
+        _commit(sites, state[: len(sites[0].state)], found, seen > 0)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of sites of equal shape.
-
-    Attributes:
-        x: `[stacks, n, *modes]`, demeaned where the rule asks for it; unused ones are zero.
-        count: how many are in use, `[stacks]`.
-        seen: how many are in use, `[sites]`.
-        means: the new running mean of each site, where rows are demeaned.
-    """
-
-    x: Tensor
-    count: Tensor
-    seen: Tensor
-    means: list[Tensor] | None
-
-
-def _rows(moves: Sequence[Move]) -> _Rows:
-    sites, layout = [one.site for one in moves], moves[0].site.spec.layout
+def _rows(moves: Sequence[Move]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows `[stacks, n, *modes]`, of which unused ones are zero, how many a site has in use, and which."""
     used = torch.stack([one.recorded.used for one in moves])
-    x = stack_rows(torch.stack([one.recorded.rows for one in moves]).where(used[..., None], 0), layout)
-    seen = used.sum(1)
-    count = seen.repeat_interleave(layout.stacks)
-    means = None
-    if sites[0].spec.demeaned:
-        means, x = _demean(sites, x, count, used.repeat_interleave(layout.stacks, 0))
-    return _Rows(x, count, seen, means)
+    rows = torch.stack([one.recorded.rows for one in moves]).where(used[..., None], 0)
+    return stack_rows(rows, moves[0].site.spec.layout), used.sum(1), used
 
 
-def _factors(sites: Sequence[Site]) -> list[Tensor]:
-    return [_join(of_sites) for of_sites in zip(*(site.factors for site in sites), strict=True)]
-
-
-def _past(sites: Sequence[Site]) -> power.Past:
-    scale, trace = (_join(of_sites) for of_sites in zip(*(site.moments for site in sites), strict=True))
-    return power.Past(scale, trace, torch.stack([site.steps for site in sites]))
+def _demean(sites: Sequence[Site], x: Tensor, count: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows `[stacks, n, *modes]` without their running mean, and that mean as it is then."""
+    old = _join([site.state[-1] for site in sites])
+    ones = [1] * (old.dim() - 1)
+    mean = old + MEAN_MOMENTUM * (x.sum(1) / count.reshape(-1, *ones) - old)
+    used = used.repeat_interleave(len(x) // len(sites), 0)
+    return (x - mean[:, None]).where(used.reshape(*used.shape, *ones), 0), mean
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def _demean(sites: Sequence[Site], x: Tensor, count: Tensor, used: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the new running mean of each site, and the rows `[stacks, n, *modes]` without it."""
-    old = _join([site.mean for site in sites])
-    ones = [1] * (old.dim() - 1)
-    mean = old + MEAN_MOMENTUM * (x.sum(1) / count.reshape(-1, *ones) - old)
-    return split(mean, sites), (x - mean[:, None]).where(used.reshape(*used.shape, *ones), 0)
+def _commit(sites: Sequence[Site], state: Sequence[Tensor], found: Tensor, recorded: Tensor) -> None:
+    """Put the new state in the place of the old one, of all sites whose step is finite; weights follow if asked to."""
+    new = [tensor.chunk(len(sites)) for tensor in state]
+    # a sum is finite if what it adds up is: numbers near the largest one of a type are as good as infinite
+    sums = torch.stack([tensor.sum() for of_sites in new for tensor in of_sites])
+    finite = sums.isfinite().reshape(len(new), -1).all(0)
+    accepted = recorded & finite
+    standing = [] if sites[0].spec.rule.preserve_function else [_divided(site) for site in sites]
+    for i, site in enumerate(sites):
+        for old, of_sites in zip(site.state, new, strict=True):
+            torch.where(accepted[i], of_sites[i], old, out=old)
+        torch.where(accepted[i], found[i], site.losses, out=site.losses)
+        site.steps += accepted[i]
+        site.is_identity = False
+        site.refused += recorded[i] & ~finite[i]
+    for site, Ws in zip(sites, standing, strict=False):
+        for (theta, layout), W in Ws:
+            multiply_into(theta, W, site.R(), layout)
+
+
+def _divided(site: Site) -> list[tuple[tuple[Tensor, Layout], Tensor]]:
+    """Return what this rank holds of each weight theta of a site, with its layout, and W."""
+    held = [weight.part(weight.parameter().detach()) for weight in site.weights]
+    return [(one, divided(one[0], site.R(), one[1])) for one in held]
