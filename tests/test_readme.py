@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from bench_report import markdown_table as table_of_costs
-from prune_report import accuracy_table, latency_table, short_table
-from study_clock import clocks_of
-from study_grid import read_study
-from study_report import goal_table, markdown_table
-from study_run import Results
-from study_summary import collect, summarise
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from zoo_report import coverage_table
 
 import decorr_fx
 from decorr_fx.passes.capture import adapters
+from tools.bench.report import markdown_table as table_of_costs
+from tools.prune.tables import accuracy_table, latency_table, short_table
+from tools.study.clock import clocks_of
+from tools.study.grid import read_study
+from tools.study.run import Results
+from tools.study.summary import collect, summarise
+from tools.study.tables import goal_table, markdown_table
+from tools.zoo.report import coverage_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

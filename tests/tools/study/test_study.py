@@ -1,0 +1,334 @@
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from decorr_fx.config import RECIPES, DecorrConfig
+from tools.common.muon import Muon
+from tools.study.__main__ import main
+from tools.study.clock import Clock
+from tools.study.grid import Run, read_study
+from tools.study.run import perform
+from tools.study.summary import Summary, Tried, chosen_rates, collect, steps_to, summarise
+from tools.study.tables import goal_table
+from tools.study.workloads import CONTEXT, WORKLOADS, Text
+from tools.train import sources
+from tools.train.settings import UsageError
+
+ROOT = Path(__file__).parents[3]
+GRID = """
+tune = [0]
+seeds = [0, 1]
+evaluations = 4
+[methods.power]
+rule = "power"
+[[grid]]
+workloads = ["digits"]
+optimizers = ["sgd"]
+methods = ["plain", "power"]
+lr = [0.01, 0.1]
+"""
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(GRID)
+    return path
+
+
+def test_a_study_tunes_on_one_seed_runs_the_others_and_goes_on_where_it_was(
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(grid), "--out", str(tmp_path), "--jobs", "2"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("| digits") == 2 and "n=2" in table
+    path = tmp_path / "study-small.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    runs = [Run(**line["run"]) for line in lines if "run" in line]
+    assert [run.seed for run in runs].count(0) == 4
+    assert 2 <= [run.seed for run in runs].count(1) <= 3  # the best rate of each, and the plain one's
+    assert all(len(line["history"]) == 4 and line["threads"] == 1 for line in lines if "run" in line)
+    timed = [timed for line in lines for timed in line.get("timed", ())]
+    assert [(one["optimizer"], one["method"]) for one in timed] == [("sgd", "plain"), ("sgd", "power")]
+    assert all(sorted(one["seconds"]) == one["seconds"] for one in timed)
+    assert (tmp_path / "study-small.png").stat().st_size > 5000
+
+    whole = path.read_text()
+    path.write_text(whole.splitlines(keepends=True)[0] + whole.splitlines()[1][:50])  # interrupted while writing
+    kept = path.read_text().splitlines()[0]
+    assert main([str(grid), "--out", str(tmp_path), "--jobs", "2"]) == 0
+    again = path.read_text().splitlines()
+    assert again[0] == kept and len(again) == len(lines)
+
+    assert main([str(grid), "--out", str(tmp_path), "--table"]) == 0
+    assert path.read_text().splitlines() == again
+
+
+def test_runs_end_with_a_study_that_is_killed(grid: Path, tmp_path: Path) -> None:
+    grid.write_text(GRID.replace("digits", "text"))  # whose runs take a minute
+    study = psutil.Popen([sys.executable, "-m", "tools.study", grid, "--out", tmp_path, "--jobs", "2"], cwd=ROOT)
+    while len([child for child in study.children() if "spawn_main" in " ".join(child.cmdline())]) < 2:
+        assert study.poll() is None
+        time.sleep(0.1)
+    runs = study.children()
+    time.sleep(5)  # until they train
+    study.kill()
+    study.wait()
+    deadline = time.monotonic() + 20
+    while not all(has_ended(run) for run in runs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # that nobody has asked after yet
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_run_that_diverges_is_recorded_and_chosen_by_nobody() -> None:
+    line = perform(Run("digits", "sgd", "plain", 1e6, 0, 4))
+    assert line["diverged"] and line["test"] is None
+    good = perform(Run("digits", "sgd", "plain", 0.1, 0, 4))
+    (summary,) = summary_of([line, good])
+    assert summary.best.lr == 0.1 and summary.rates == 2
+
+
+def test_a_run_depends_on_what_names_it_alone() -> None:
+    run = Run("digits", "adam", "power", 1e-3, 3, 2, {"rule": "power", "update_every": 2})
+    torch.manual_seed(5)
+    first = perform(run)
+    second = perform(run)
+    assert first["history"] == second["history"] and first["test"] == second["test"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("digits", "digitz", "no workload 'digitz'"),
+        ('"sgd"', '"sgdd"', "no optimizer 'sgdd'"),
+        ('"plain", "power"', '"plain", "powder"', "no method 'powder'"),
+        ('rule = "power"', 'rule = "powder"', "method 'power': rule is 'powder'"),
+        ('rule = "power"', "rules = 1", "method 'power': .*unexpected keyword"),
+        ("[0.01, 0.1]", "[0.01, -0.1]", "lr has -0.1"),
+        ("[0.01, 0.1]", "[]", "lr is"),
+        ("[0, 1]", "[0.5]", "seeds has 0.5"),
+        ("seeds = [0, 1]", "seeds = []", "seeds is"),
+        ("evaluations = 4", "evaluations = 3", "evaluations is 3"),
+        ("[methods.power]", "[methods.plain]", "'plain' is backpropagation"),
+        ('rule = "power"', 'rule = "dbp"\ncalibrate = 2', "calibrate is for the rule power"),
+        ('rule = "power"', "calibrate = 0", "calibrate is 0"),
+        ('rule = "power"', "calibrate = 1.5", "calibrate has 1.5"),
+        ("tune = [0]", "tunes = [0]", "no key 'tunes'"),
+        ("tune = [0]", "tune = [0", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_told_in_a_line(grid: Path, old: str, new: str, told: str) -> None:
+    grid.write_text(GRID.replace(old, new))
+    with pytest.raises(UsageError, match=told):
+        read_study(grid)
+
+
+def test_files_that_are_missing_or_damaged_end_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.toml")]) == 2
+    assert "none.toml cannot be read" in capsys.readouterr().err
+
+
+def test_a_table_of_nothing_is_told_in_a_line(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(grid), "--table", "--out", str(tmp_path)]) == 2
+    assert "run the study without --table first" in capsys.readouterr().err
+
+
+def test_a_study_is_not_run_on_other_images(
+    fashion: Path, grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", fashion)
+    grid.write_text(GRID.replace("digits", "cnn"))
+    assert main([str(grid), "--out", str(grid.parent)]) == 2
+    assert "the train images are not Fashion-MNIST as published" in capsys.readouterr().err
+    assert not (grid.parent / "study-small.jsonl").exists()
+
+
+def test_the_committed_studies_can_be_read_and_are_of_the_defaults() -> None:
+    for path in (ROOT / "tools" / "studies").glob("*.toml"):
+        study = read_study(path)
+        assert all(study.tuning_runs(race) for race in study.races)
+        (default,) = (of for name, of in study.methods.items() if name in ("power", "default"))
+        assert DecorrConfig(**default) == DecorrConfig()
+        assert DecorrConfig(**study.methods.get("dbp", RECIPES["dbp"])) == DecorrConfig.recipe("dbp")
+
+
+def test_steps_to_an_accuracy_are_read_off_the_line_through_the_evaluations() -> None:
+    history = [[10, 0, 0, 0.5], [20, 0, 0, 0.7], [30, 0, 0, 0.6], [40, 0, 0, 0.8]]
+    assert steps_to(history, 0.4) == 10
+    assert steps_to(history, 0.6) == pytest.approx(15)
+    assert steps_to(history, 0.75) == pytest.approx(37.5)
+    assert steps_to(history, 0.9) is None
+
+
+def summary_of(lines: list[dict[str, Any]]) -> list[Summary]:
+    return summarise(collect(lines))
+
+
+def line_of(method: str, lr: float, seed: int, accuracies: list[float]) -> dict[str, Any]:
+    run = Run("cnn", "adam", method, lr, seed, len(accuracies)).as_json()
+    history = [[10 * (i + 1), 1.0, 1.0, accuracy] for i, accuracy in enumerate(accuracies)]
+    return {
+        "run": run,
+        "budget": 10 * len(accuracies),
+        "history": history,
+        "diverged": None,
+        "test": [1.0, accuracies[-1]],
+    }
+
+
+def test_targets_are_what_the_best_plain_rate_reaches_and_rates_are_chosen_by_them() -> None:
+    lines = [
+        line_of("plain", 0.1, 0, [0.1, 0.2, 0.3, 0.4]), line_of("plain", 0.2, 0, [0.2, 0.4, 0.5, 0.6]),
+        line_of("fast", 0.1, 0, [0.5, 0.55, 0.58, 0.59]), line_of("fast", 0.4, 0, [0.3, 0.6, 0.6, 0.6]),
+    ]  # fmt: skip
+    plain, fast = summary_of(lines)
+    assert plain.targets == [{0: 0.6}, {0: 0.5}, {0: 0.4}] and plain.steps == [40, 30, 20] and plain.best.lr == 0.2
+    assert fast.best.lr == 0.4 and fast.steps[0] == 20 and fast.ratios[0] == 0.5
+    assert fast.at_plain_rate is None
+    assert fast.steps[1] == pytest.approx(10 + 10 * 0.2 / 0.3)
+
+
+def test_rates_of_the_tuning_seeds_alone_do_not_stand_beside_those_of_all() -> None:
+    lines = [line_of("plain", 0.1, seed, [0.1, 0.5]) for seed in (0, 1)] + [line_of("plain", 0.2, 0, [0.9, 0.9])]
+    (plain,) = summary_of(lines)
+    assert plain.best.lr == 0.1 and plain.targets[0] == {0: 0.5, 1: 0.5} and plain.rates == 2
+
+
+def test_a_target_is_that_of_the_same_seed() -> None:
+    lines = [line_of("plain", 0.1, 0, [0.1, 0.5]), line_of("plain", 0.1, 1, [0.2, 0.9])]
+    lines += [line_of("fast", 0.1, 0, [0.5, 0.6]), line_of("fast", 0.1, 1, [0.9, 0.9])]
+    plain, fast = summary_of(lines)
+    assert plain.steps[0] == 20 and fast.steps[0] == 10 and fast.ratios[0] == 0.5
+    _, tuned_only = summary_of(lines[:3])
+    assert tuned_only.steps[0] == 10 and tuned_only.ratios[0] == 0.5
+
+
+def test_a_run_that_diverges_reaches_nothing_and_sets_no_target() -> None:
+    lines = [line_of("plain", 0.1, seed, [0.2, 0.4, 0.5, 0.6]) for seed in (0, 1)]
+    lines += [line_of("fast", 0.1, 0, [0.6, 0.7, 0.7, 0.7]), line_of("fast", 0.2, 0, [0.7, 0.7, 0.7, 0.7])]
+    lines[1] |= {"history": lines[1]["history"][:2], "test": None, "diverged": 30}
+    lines[3] |= {"history": lines[3]["history"][:2], "test": None, "diverged": 30}
+    plain, fast = summary_of(lines)
+    assert plain.targets[0] == {0: 0.6} and plain.steps[0] == 40
+    assert fast.best.lr == 0.1 and fast.ratios[0] == 0.25
+
+
+def test_rates_are_chosen_by_the_own_target_and_by_the_goal() -> None:
+    adam = [line_of("plain", 0.1, 0, [0.2, 0.4, 0.8, 0.9])]
+    sgd = [line_of("plain", 0.1, 0, [0.1, 0.2, 0.3, 0.5]), line_of("plain", 0.2, 0, [0.1, 0.2, 0.3, 0.4])]
+    sgd += [line_of("fast", 0.2, 0, [0.5, 0.6, 0.6, 0.6]), line_of("fast", 0.3, 0, [0.1, 0.5, 0.8, 0.92])]
+    for line in sgd:
+        line["run"] |= {"optimizer": "sgd"}
+    assert chosen_rates(collect([*adam, *sgd]), "cnn", "sgd") == {"plain": {0.1}, "fast": {0.1, 0.2, 0.3}}
+    assert goal_table(collect([*adam, *sgd]), {}).splitlines()[-1].count("by 0 of 1") == 1
+
+
+def test_runs_with_other_settings_are_not_part_of_a_study(grid: Path) -> None:
+    study = read_study(grid)
+    (race,) = study.races
+    run = study.run(race, "power", 0.1, 1)
+    others = [replace(run, lr=0.2), replace(run, config={"rule": "dbp"}), replace(run, seed=7)]
+    lines = [{"run": one.as_json()} for one in [run, *others]]
+    assert study.own([*lines, {"timing": "digits"}]) == lines[:1]
+
+
+def test_blocks_on_the_same_are_one_race(grid: Path) -> None:
+    block = GRID[GRID.index("[[grid]]") :].replace('"sgd"', '"adam", "sgd"').replace("[0.01, 0.1]", "[0.1, 1e-1, 1.0]")
+    grid.write_text(GRID + block)
+    adam, sgd = read_study(grid).races
+    assert adam.optimizer == "adam" and sgd.rates == dict.fromkeys(["plain", "power"], (0.01, 0.1, 1.0))
+
+
+def test_a_seed_that_does_not_reach_a_target_is_not_left_out() -> None:
+    tried = Tried(0.1, {0: [[10, 0, 0, 0.9]], 1: [[10, 0, 0, 0.5]]}, {0: 0.9, 1: 0.5}, 10)
+    assert tried.steps_to({0: 0.8, 1: 0.8}) is None and tried.steps_to({0: 0.8, 1: 0.5}) == 10
+
+
+def test_the_text_is_split_without_overlap_and_asks_for_the_next_character() -> None:
+    text = Text()
+    x, y = next(text.training_batches(3, 0, torch.device("cpu")))
+    assert x.shape == y.shape == (3, CONTEXT) and torch.equal(x[:, 1:], y[:, :-1])
+    sizes = {name: len(windows) for name, windows in text.splits.items()}
+    assert sizes["validation"] == sizes["test"] > 500 and sizes["train"] > 7 * sizes["test"]
+    logits = WORKLOADS["text"].build()(x)
+    assert logits.shape == (3, len(text.characters), CONTEXT)
+
+
+def test_a_character_model_does_not_look_ahead() -> None:
+    model, (x, _) = WORKLOADS["text"].build().eval(), next(Text().training_batches(1, 0, torch.device("cpu")))
+    other = x.clone()
+    other[:, CONTEXT // 2 :] = 0
+    torch.testing.assert_close(model(x)[..., : CONTEXT // 2], model(other)[..., : CONTEXT // 2])
+
+
+def test_every_workload_builds_and_takes_its_data() -> None:
+    for name in ("cnn-bn", "mlp", "vit", "resnet"):
+        workload = WORKLOADS[name]
+        assert workload.build().eval()(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_muon_steps_convolutions_as_matrices_and_vectors_by_adamw() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3)
+    matrix, bias = nn.Parameter(conv.weight.detach().flatten(1).clone()), nn.Parameter(conv.bias.detach().clone())
+    ours = Muon(conv.parameters(), lr=0.1)
+    theirs = torch.optim.Muon([matrix], lr=0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    vectors = torch.optim.AdamW([bias], lr=0.1, weight_decay=0)
+    for _ in range(3):
+        for p, q in ((conv.weight, matrix), (conv.bias, bias)):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.flatten(1) if p.dim() > 1 else p.grad.clone()
+        for optimizer in (ours, theirs, vectors):
+            optimizer.step()
+    torch.testing.assert_close(conv.weight.flatten(1), matrix)
+    torch.testing.assert_close(conv.bias, bias)
+    before = conv.weight.detach().clone()
+    x = torch.randn(1, 3, 4, 4)
+
+    def closure() -> torch.Tensor:
+        ours.zero_grad()
+        loss = conv(x).square().sum()
+        loss.backward()
+        return loss
+
+    assert ours.step(closure) > 0 and not torch.equal(conv.weight, before)
+
+
+def test_a_run_may_be_calibrated_first() -> None:
+    run = Run("digits", "adam", "power", 1e-3, 3, 2, {"rule": "power"})
+    first = perform(run)
+    second = perform(replace(run, config={"rule": "power", "calibrate": 4}))
+    assert first["history"] != second["history"]
+
+
+def test_soap_learns_with_decorrelation() -> None:
+    line = perform(Run("digits", "soap", "power", 3e-3, 0, 4, {"rule": "power"}))
+    assert line["diverged"] is None and line["test"][1] > 0.85
+
+
+def test_everything_is_compared_by_the_best_of_plain_adam() -> None:
+    lines = [line_of("plain", 0.1, 0, [0.2, 0.4, 0.5, 0.6]), line_of("fast", 0.4, 0, [0.3, 0.6, 0.6, 0.6])]
+    other = line_of("plain", 0.1, 0, [0.1, 0.2, 0.3, 0.5])
+    other["run"] = {**other["run"], "optimizer": "sgd"}
+    clocks = {
+        ("cnn", "adam", "plain"): Clock([0, 10], [0, 1.0]),
+        ("cnn", "adam", "fast"): Clock([0, 10, 15], [0, 2, 2.5]),
+    }
+    table = goal_table(collect([*lines, other]), clocks)
+    cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    assert cells == ["cnn, 60.0%", "40, 4.0 s", "20, 3.0 s", "by 0 of 1"]

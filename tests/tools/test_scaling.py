@@ -1,9 +1,0 @@
-from pathlib import Path
-
-from scaling import scaling_table
-
-DOCS = Path(__file__).parent.parent.parent / "docs" / "scaling.md"
-
-
-def test_the_table_of_the_docs_is_what_the_tool_prints() -> None:
-    assert scaling_table() in DOCS.read_text()

@@ -1,0 +1,1 @@
+"""Cost of decorrelation on many ranks, from shapes alone."""

@@ -1,0 +1,1 @@
+"""Studies of how fast methods learn."""

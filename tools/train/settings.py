@@ -1,0 +1,187 @@
+"""The settings of the main job, as the command line gives them."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from decorr_fx import DecorrConfig
+from decorr_fx.config import RuleName, StructureName
+from tools.common.arguments import positive, positive_int
+from tools.common.ranks import local_rank
+
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+PRESET = DecorrConfig()  # the library's defaults are the tool's
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one line and says what would help."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run; the names are those of the command line's options."""
+
+    method: str
+    data: str
+    download: bool
+    workers: int
+    model: str
+    batch_norm: bool
+    epochs: int
+    batch_size: int
+    optimizer: str
+    lr: float
+    seed: int
+    evaluations: int
+    device: str
+    compile: bool
+    amp: bool
+    rule: RuleName
+    rank: int
+    structure: StructureName
+    cost_budget: float
+    decor_lr: float
+    kappa: float
+    power: float
+    damping: float
+    sample_fraction: float
+    max_samples: int
+    max_dim: int
+    update_every: int
+    center: bool
+    preserve_function: bool
+    out: Path
+    resume: bool
+    timeout: float
+    data_dir: Path | None = None
+    size: int | None = None
+    weight_decay: float | None = None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods to train with."""
+        return ("bp", "decorr") if self.method == "both" else (self.method,)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file to go on from."""
+        return self.out / "checkpoint.pt"
+
+    def decorr_config(self) -> DecorrConfig:
+        """Return the settings of decorrelation; raises `ConfigError` where one is out of range."""
+        names = {field.name for field in fields(DecorrConfig)}
+        return DecorrConfig(**{name: value for name, value in vars(self).items() if name in names})
+
+    def torch_device(self) -> torch.device:
+        """Return the device to train on, checked."""
+        if self.device == "auto":
+            return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device {self.device}: {first_line(error)}; use --device cpu") from None
+        if device.type not in DEVICE_TYPES:
+            raise UsageError(f"--device {self.device}: cannot be trained on; use one of {', '.join(DEVICE_TYPES)}")
+        return device
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def parse_settings(argv: Sequence[str] | None = None) -> Settings:
+    """Return the settings that the command line asks for; exits with code 2 where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.train",
+        usage="%(prog)s [options]   (see --help)",
+        description="Train with plain backpropagation and with decorrelation from the same initial weights, on the "
+        "same batches, side by side; then fold, export to ONNX and verify.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_data(parser)
+    _add_training(parser)
+    _add_decorrelation(parser)
+    given = vars(parser.parse_args(argv))
+    return Settings(**{"epochs": 30 if given["data"] == "digits" else 2, **given})
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data and model")
+    group.add_argument("--data", choices=("digits", "fashion-mnist", "cifar10", "imagefolder"), default="digits",
+                       help="digits ships inside scikit-learn; imagefolder needs train/ and val/ in --data-dir, is "
+                       "augmented by random crops and flips, and its val/ is the test set")  # fmt: skip
+    group.add_argument("--data-dir", type=Path,
+                       help="folder of the data set; if not given, that of Debian's dataset-fashion-mnist, or data/",
+                       default=argparse.SUPPRESS)  # fmt: skip
+    group.add_argument("--download", action="store_true", help="fetch fashion-mnist or cifar10 where it is missing")
+    group.add_argument("--size", type=positive_int,
+                       help="resize images to SIZE x SIZE; if not given, 224 for imagefolder, else as they are",
+                       default=argparse.SUPPRESS)  # fmt: skip
+    group.add_argument("--workers", type=_whole, default=0, help="processes that read an imagefolder")
+    group.add_argument("--model", default="cnn", help="cnn, mlp, vit, or the name of a torchvision classifier")
+    group.add_argument("--batch-norm", action="store_true", help="put BatchNorm into the cnn or the mlp")
+    group.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for everything that is written")
+    group.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with the same numbers")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training: the same for both methods")
+    group.add_argument("--method", choices=("bp", "decorr", "both"), default="both", help="what to train with")
+    group.add_argument("--epochs", type=positive_int, default=argparse.SUPPRESS,
+                       help="passes over the training set; if not given, 30 for digits, else 2")  # fmt: skip
+    group.add_argument("--batch-size", type=positive_int, default=64, help="images a step, shared by the ranks")
+    group.add_argument("--optimizer", choices=("sgd", "adam", "adamw", "muon", "soap"), default="adam",
+                       help="sgd has momentum 0.9; muon leaves what is no matrix to AdamW")  # fmt: skip
+    group.add_argument("--lr", type=positive, default=1e-3, help="learning rate at the start; falls linearly to 0")
+    group.add_argument("--weight-decay", type=_weight_decay, default=argparse.SUPPRESS,
+                       help="weight decay; if not given, the optimizer's own default")  # fmt: skip
+    group.add_argument("--seed", type=_whole, default=0, help="of the weights, the batches and the validation split")
+    group.add_argument("--evaluations", type=positive_int, default=40, help="evaluations on the validation set")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
+    group.add_argument("--timeout", type=positive, default=600.0,
+                       help="seconds that a rank of torchrun waits for another one")  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="train through torch.compile")
+    group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
+
+
+def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decorrelation: see decorr_fx.DecorrConfig")
+    group.add_argument("--rule", choices=get_args(RuleName), default=PRESET.rule, help="what a step of R does")
+    group.add_argument("--rank", type=int, default=PRESET.rank, help="directions that the rule power shrinks")
+    group.add_argument(
+        "--structure", choices=get_args(StructureName), default=PRESET.structure, help="shape of R of the other rules"
+    )
+    group.add_argument("--cost-budget", type=float, default=PRESET.cost_budget, help="extra FLOP that auto may take")
+    group.add_argument(
+        "--decor-lr", type=float, default=PRESET.decor_lr, help="step size of R, or rate of the rule power"
+    )
+    group.add_argument("--kappa", type=float, default=PRESET.kappa, help="weight of the variance error, in [0, 1]")
+    group.add_argument("--power", type=float, default=PRESET.power, help="exponent of the rule power, in [0, 0.5]")
+    group.add_argument("--damping", type=float, default=PRESET.damping, help="of the rule power")
+    group.add_argument("--sample-fraction", type=float, default=PRESET.sample_fraction, help="part of rows recorded")
+    group.add_argument("--max-samples", type=int, default=PRESET.max_samples, help="most rows a layer keeps")
+    group.add_argument("--max-dim", type=int, default=PRESET.max_dim, help="largest side of a factor of R")
+    group.add_argument("--update-every", type=int, default=PRESET.update_every, help="R moves at one of n steps")
+    group.add_argument("--center", action="store_true", help="subtract the running mean of the rows, too")
+    group.add_argument("--no-preserve-function", dest="preserve_function", action="store_false",
+                       help="do not let W follow the steps of R")  # fmt: skip
+
+
+def _whole(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _weight_decay(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return value
