@@ -14,14 +14,14 @@ from torch.distributed.fsdp import fully_shard
 
 import decorr_fx
 from decorr_fx.passes.capture import adapters
-from tools.bench.report import markdown_table as table_of_costs
+from tools.bench.tables import costs_table
+from tools.common.results import Results
 from tools.prune.tables import accuracy_table, latency_table, short_table
 from tools.study.clock import clocks_of
 from tools.study.grid import read_study
-from tools.study.run import Results
 from tools.study.summary import collect, summarise
-from tools.study.tables import goal_table, markdown_table
-from tools.zoo.report import coverage_table
+from tools.study.tables import goal_table, learning_table
+from tools.zoo.tables import coverage_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -94,7 +94,7 @@ def test_the_coverage_table_is_made_of_the_committed_results() -> None:
 
 
 def test_the_table_of_costs_is_made_of_the_committed_results() -> None:
-    assert table_of_costs(ROOT / "tools" / "results" / "bench-cpu.json") in README
+    assert costs_table(ROOT / "tools" / "results" / "bench-cpu.json") in README
 
 
 def test_the_tables_of_learning_are_made_of_the_committed_results() -> None:
@@ -102,7 +102,7 @@ def test_the_tables_of_learning_are_made_of_the_committed_results() -> None:
     lines = Results(ROOT / "tools" / "results" / "study-full.jsonl").lines
     tried, clocks = collect(study.own(lines)), clocks_of(lines, study.methods)
     assert goal_table(tried, clocks) in README
-    assert markdown_table(summarise(tried), clocks) in (ROOT / "docs" / "learning.md").read_text()
+    assert learning_table(summarise(tried), clocks) in (ROOT / "docs" / "learning.md").read_text()
 
 
 def test_the_tables_of_pruning_are_made_of_the_committed_results() -> None:

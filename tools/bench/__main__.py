@@ -19,16 +19,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from decorr_fx import DecorrError
 from tools.bench.cases import SUITES, Bars, Case, sweep
 from tools.bench.figures import AXES, draw_growth, draw_ratios
 from tools.bench.memory import peak_bytes
-from tools.bench.methods import METHODS, CannotMeasureError
-from tools.bench.report import Result, case_table, markdown_table, write_json
+from tools.bench.methods import METHODS
+from tools.bench.results import Result, write_json
 from tools.bench.run import results_here, results_on_ranks
+from tools.bench.tables import case_table, costs_table
 from tools.common.arguments import positive, positive_int
+from tools.common.command import exit_code
+from tools.common.console import output
+from tools.common.results import RESULTS
 
-RESULTS = Path(__file__).parent.parent / "results"
 WIDTH = 180  # of the table in a file
 
 
@@ -47,25 +49,17 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; return 0, or 2 where what was asked for cannot be measured."""
-    try:
-        settings = parse_settings(argv)
-        settings.out.mkdir(parents=True, exist_ok=True)
-        if settings.table:
-            print(markdown_table(settings.out / f"bench-{settings.name}.json"))
-        else:
-            run(settings)
-    except SystemExit as stop:  # argparse has said why
-        return int(stop.code or 0)
-    except (CannotMeasureError, DecorrError, OSError) as error:
-        print(f"python -m tools.bench: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("bench", lambda: run(parse_settings(argv)))
 
 
 def run(settings: Settings) -> None:
-    """Measure every case, print its table as soon as it is known, and write the files."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    """Measure every case, print its table as soon as it is known, and write the files; or print what is there."""
+    settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / f"bench-{settings.name}"
+    if settings.table:
+        print(costs_table(path.with_suffix(".json")))
+        return
+    console = output(WIDTH)
     if settings.sweeps:
         sweeps = {over: list(_measured(sweep(settings.cases[0], over), settings, console)) for over in settings.sweeps}
         write_json(path.with_suffix(".json"), [point for points in sweeps.values() for point in points])

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.bench.cases import Case
-from tools.bench.report import Result
+from tools.bench.results import Result
 
 AXES = {
     "batch": ("examples in a batch", lambda case: case.batch),

@@ -1,22 +1,21 @@
 """Peak memory of training steps, each method in a process of its own."""
 
 import gc
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from tools.bench.cases import Case
 from tools.bench.measure import Contender
+from tools.common.pool import processes
 
 STEPS = 2  # the optimizer's state is there from the first one on
 
 
 def peak_bytes(case: Case, method: str) -> int:
     """Return the most memory that training takes, over what torch itself takes before there is a model."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with processes(1) as pool:
         return pool.submit(_peak_here, case, method).result()
 
 

@@ -14,6 +14,8 @@ from decorr_fx.config import DecorrConfig, StructureName
 from decorr_fx.runtime.site.state import sites_of
 from tools.bench.cases import Case
 from tools.bench.textbook import textbook
+from tools.common.errors import UsageError
+from tools.common.optimizers import from_heavyball
 
 CLASSES = 100
 LINEARS = 3
@@ -24,11 +26,8 @@ DECORRELATED = {
 PEERS = {"muon": "Muon", "soap": "SOAP", "shampoo": "KLShampoo"}  # of heavyball
 MOVE_CYCLE = 4  # steps, of which R moves at the first
 PEER_CYCLE = 2  # SOAP and Shampoo renew their preconditioner at every second step
+COMPILE_MODE = "default"  # that of heavyball tries out kernels for minutes, and prints what it finds
 METHODS = (*DECORRELATED, "textbook", *PEERS)
-
-
-class CannotMeasureError(Exception):
-    """A method or a model cannot be measured; the message is one line and says what would help."""
 
 
 def build_model(case: Case) -> nn.Module:
@@ -47,9 +46,9 @@ def _make(case: Case) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise CannotMeasureError(f"{case.model} is no torchvision model, and timm is not installed") from None
+        raise UsageError(f"{case.model} is no torchvision model, and timm is not installed") from None
     if not timm.is_model(case.model):
-        raise CannotMeasureError(f"{case.model} is neither a torchvision classifier nor a timm model")
+        raise UsageError(f"{case.model} is neither a torchvision classifier nor a timm model")
     return cast(nn.Module, timm.create_model(case.model, pretrained=False, num_classes=CLASSES))
 
 
@@ -63,13 +62,13 @@ def make_batch(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def prepare(case: Case, method: str) -> tuple[nn.Module, Optimizer]:
-    """Return the model as the method trains it, and its optimizer; raise `CannotMeasureError` where a package lacks."""
+    """Return the model as the method trains it, and its optimizer; raise `UsageError` where a package lacks."""
     model = build_model(case)
     if method in DECORRELATED:
         model = decorr_fx.transform(model, decorr_config(case, method), example_inputs=make_batch(case)[0])
     if method == "textbook":
         model = textbook(model)
-    optimizer = _peer(PEERS[method]) if method in PEERS else Adam
+    optimizer = from_heavyball(PEERS[method], COMPILE_MODE) if method in PEERS else Adam
     return model, optimizer(model.parameters(), lr=1e-4)
 
 
@@ -108,12 +107,3 @@ def decorr_config(case: Case, method: str) -> DecorrConfig:
     """Return the settings of a method, with what the case asks for."""
     config = DECORRELATED[method]
     return config if case.max_samples is None else replace(config, max_samples=case.max_samples)
-
-
-def _peer(name: str) -> Callable[..., Optimizer]:
-    try:
-        import heavyball
-    except ImportError:
-        raise CannotMeasureError("heavyball is not installed: pip install 'decorr_fx[bench]'") from None
-    heavyball.utils.compile_mode = "default"  # its own tries out kernels for minutes, and prints what it finds
-    return cast(Callable[..., Optimizer], getattr(heavyball, name))

@@ -1,18 +1,16 @@
 """A case is measured: in this process, or in several that average their gradients."""
 
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 import torch.distributed as dist
 
 from tools.bench.cases import Case
 from tools.bench.measure import Contender, race, race_evaluations
-from tools.bench.report import Result, result_of
+from tools.bench.results import Result, result_of
+from tools.common.pool import processes
 
 PATIENCE = timedelta(minutes=5)  # with which a rank waits for another one
 
@@ -27,14 +25,13 @@ def results_here(case: Case, seconds: float, peaks: Mapping[str, int]) -> list[R
 
 def results_on_ranks(case: Case, seconds: float) -> list[Result]:
     """Let them race on `case.ranks` processes; return what the first one measured."""
-    with TemporaryDirectory() as folder, ProcessPoolExecutor(case.ranks, get_context("spawn")) as pool:
+    with TemporaryDirectory() as folder, processes(case.ranks, threads=1) as pool:
         runs = [pool.submit(_on_rank, rank, case, seconds, Path(folder) / "store") for rank in range(case.ranks)]
         first, *_ = [run.result() for run in runs]
     return first
 
 
 def _on_rank(rank: int, case: Case, seconds: float, store: Path) -> list[Result]:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=case.ranks, timeout=PATIENCE
     )  # fmt: skip

@@ -1,29 +1,45 @@
-"""Runs side by side, each process with one thread, so that no run waits for another's."""
+"""Work in other processes, several at once, which end with the process that started them."""
 
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-Run = TypeVar("Run")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
-def perform_all(perform: Callable[[Run], dict[str, Any]], runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
-    """Yield what `perform` made of each run, as they end; what still waits is dropped where the caller stops."""
+def processes(count: int, threads: int | None = None) -> ProcessPoolExecutor:
+    """Return new processes of so many threads each, or of torch's own number."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, initializer=_begin)
+    return ProcessPoolExecutor(count, context, initializer=begin, initargs=(threads,))
+
+
+def perform_all(perform: Callable[[Task], Result], tasks: Sequence[Task], jobs: int) -> Iterator[Result]:
+    """Yield what `perform` made of each task, as they end; each process has one thread, so that none waits."""
+    with processes(jobs, threads=1) as pool:
+        yield from (result for _, result in as_they_end(pool, perform, tasks))
+
+
+def as_they_end(
+    executor: Executor, perform: Callable[[Task], Result], tasks: Sequence[Task]
+) -> Iterator[tuple[Task, Result]]:
+    """Yield each task with its result; where the caller stops, what still waits is dropped."""
+    pending = {executor.submit(perform, task): task for task in tasks}
     try:
-        yield from (future.result() for future in as_completed([pool.submit(perform, run) for run in runs]))
+        yield from ((pending[future], future.result()) for future in as_completed(pending))
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin() -> None:
-    torch.set_num_threads(1)
+def begin(threads: int | None = None) -> None:
+    """Set up this process, which another one started: its number of threads, and its end with the other one."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -17,47 +17,38 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 import decorr_fx
-from tools.common.arguments import positive_int
+from tools.common.arguments import part, positive_int
+from tools.common.command import exit_code
+from tools.common.console import Bar
+from tools.common.errors import UsageError
 from tools.common.pool import perform_all
+from tools.common.results import RESULTS, Results
+from tools.prune.figures import draw
 from tools.prune.latency import compare_batches
 from tools.prune.methods import Task, macs
 from tools.prune.nets import NETS
 from tools.prune.run import Job, Run, perform, weights_file
-from tools.prune.tables import accuracy_table, draw, latency_table, short_table
+from tools.prune.tables import accuracy_table, latency_table, short_table
 from tools.prune.training import accuracy, calibration, load, trained
-from tools.study.run import Results
-from tools.train.settings import UsageError
 
-RESULTS = Path(__file__).parent.parent / "results"
-INTERRUPTED = 130
 MULTIPLES = (1, 16)  # of which layers keep units, where time is measured: kernels of 16 channels are the fast ones
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare; return 0, or 2 where what was asked for cannot be done."""
-    try:
-        given = parse_settings(argv)
-        given.out.mkdir(parents=True, exist_ok=True)
-        results = Results(given.out / "prune.jsonl")
-        jobs = jobs_of(given)
-        if given.latency:
-            write_latency(given.out / "prune-latency.json", jobs)
-        elif not given.table:
-            run_all(jobs, results, given.jobs)
-        tell(results, jobs, given.out)
-    except SystemExit as stop:  # argparse has said why
-        return int(stop.code or 0)
-    except (UsageError, OSError, decorr_fx.DecorrError) as error:
-        print(f"python -m tools.prune: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    """Compare; return 0, 2 where what was asked for cannot be done, or 130 after Ctrl-C."""
+    return exit_code("prune", lambda: run(parse_settings(argv)), "interrupted: the same command goes on from here")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measure what is missing, unless only the tables were asked for, and tell what there is."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    results, jobs = Results(given.out / "prune.jsonl"), jobs_of(given)
+    if given.latency:
+        write_latency(given.out / "prune-latency.json", jobs)
+    elif not given.table:
+        run_all(jobs, results, given.jobs)
+    tell(results, jobs, given.out)
 
 
 def jobs_of(given: argparse.Namespace) -> list[Job]:
@@ -73,13 +64,10 @@ def jobs_of(given: argparse.Namespace) -> list[Job]:
 def run_all(jobs: Sequence[Job], results: Results, processes: int) -> None:
     """Perform what is not in the results."""
     missing = [job for job in jobs if results.of(job.run) is None]
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(missing))
+    with Bar(len(missing)) as bar:
         for line in perform_all(perform, missing, processes):
             results.append(line)
-            progress.update(bar, advance=1, description=f"{line['run']['net']} {line['run']['seed']}")
+            bar.move(f"{line['run']['net']} {line['run']['seed']}", advance=1)
 
 
 def write_latency(path: Path, jobs: Sequence[Job]) -> None:
@@ -130,10 +118,8 @@ def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="its folder; if not given, as tools.train finds it")
     parser.add_argument("--size", type=positive_int, help="resize images to SIZE x SIZE")
     parser.add_argument("--epochs", type=positive_int, default=3, help="that networks are trained for")
-    parser.add_argument(
-        "--keep", nargs="+", type=_part, default=[0.7, 0.5, 0.3], help="budgets: parts of multiply-adds"
-    )
-    parser.add_argument("--fine-tune", type=_part, default=0.5, help="budget at which results are trained on, an epoch")
+    parser.add_argument("--keep", nargs="+", type=part, default=[0.7, 0.5, 0.3], help="budgets: parts of multiply-adds")
+    parser.add_argument("--fine-tune", type=part, default=0.5, help="budget at which results are trained on, an epoch")
     parser.add_argument("--batches", type=positive_int, default=16, help="of 128 images that methods may look at")
     parser.add_argument("--weights", type=Path, default=Path("runs/prune"), help="folder of trained networks")
     parser.add_argument("--jobs", type=positive_int, default=os.cpu_count() or 1, help="runs side by side")
@@ -144,12 +130,6 @@ def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if given.fine_tune not in given.keep:
         parser.error(f"--fine-tune {given.fine_tune:g} is none of the budgets of --keep")
     return given
-
-
-def _part(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
 
 
 if __name__ == "__main__":

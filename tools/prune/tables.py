@@ -1,20 +1,15 @@
-"""What came of pruning: the tables, and the picture of accuracy over multiply-adds."""
+"""The tables of what came of pruning."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from tabulate import tabulate
-
+from tools.common.tables import markdown_table
 from tools.prune.methods import OURS, PEERS
 
 Line = Mapping[str, Any]
 SCOPES = ("by layer", "everywhere")
 MEASURED = ("accuracy", "new_statistics")
-COLOURS = {name: f"C{i}" for i, name in enumerate((OURS, *PEERS))}
 
 
 def short_table(lines: Sequence[Line]) -> str:
@@ -23,15 +18,15 @@ def short_table(lines: Sequence[Line]) -> str:
     Of each peer the better scope, for each column; trained on is the one that validation images chose.
     """
     headers = ["network", "method", "right after", "BatchNorm statistics anew", "after an epoch"]
-    return tabulate(list(_short_rows(lines)), headers, tablefmt="github", disable_numparse=True)
+    return markdown_table(headers, _short_rows(lines))
 
 
 def _short_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
-    for net in _nets(lines):
+    for net in nets_of(lines):
         own = [line for line in lines if line["run"]["net"] == net]
         yield [net, f"not pruned, n={len(own)}", _spread(line["whole"]["accuracy"] for line in own), "", ""]
         for method in (OURS, *PEERS):
-            scopes = [[row for _, row in _found(own, own[0]["run"]["tuned"], method, scope)] for scope in SCOPES]
+            scopes = [[row for _, row in rows_of(own, own[0]["run"]["tuned"], method, scope)] for scope in SCOPES]
             tuned = [row["fine_tuned"] for rows in scopes for row in rows if row["fine_tuned"] is not None]
             best = [max(filter(None, ([row[what] for row in rows] for rows in scopes)), key=mean) for what in MEASURED]
             yield [net, method, *map(_spread, best), _spread(tuned)]
@@ -43,18 +38,18 @@ def accuracy_table(lines: Sequence[Line]) -> str:
         "network", "multiply-adds", "method", "units ranked", "parameters", "right after",
         "BatchNorm statistics anew", "after an epoch",
     ]  # fmt: skip
-    return tabulate(list(_rows(lines)), headers, tablefmt="github", disable_numparse=True)
+    return markdown_table(headers, _rows(lines))
 
 
 def _rows(lines: Sequence[Line]) -> Iterator[list[str]]:
-    for net in _nets(lines):
+    for net in nets_of(lines):
         own = [line for line in lines if line["run"]["net"] == net]
         yield [net, "100%", f"not pruned, n={len(own)}", "", "100%", _spread(line["whole"]["accuracy"] for line in own),
                "", ""]  # fmt: skip
-        for keep in _budgets(own):
+        for keep in budgets_of(own):
             for method in (OURS, *PEERS):
                 for scope in SCOPES:
-                    if found := _found(own, keep, method, scope):
+                    if found := rows_of(own, keep, method, scope):
                         yield [net, *_row(found, method, scope)]
 
 
@@ -69,15 +64,17 @@ def _row(found: Sequence[tuple[Line, Line]], method: str, scope: str) -> list[st
     ]  # fmt: skip
 
 
-def _nets(lines: Sequence[Line]) -> list[str]:
+def nets_of(lines: Sequence[Line]) -> list[str]:
+    """Return the networks, in order."""
     return list(dict.fromkeys(line["run"]["net"] for line in lines))
 
 
-def _budgets(lines: Sequence[Line]) -> list[float]:
+def budgets_of(lines: Sequence[Line]) -> list[float]:
+    """Return the budgets, the largest first."""
     return sorted({row["keep"] for line in lines for row in line["pruned"]}, reverse=True)
 
 
-def _found(lines: Sequence[Line], keep: float, method: str, scope: str) -> list[tuple[Line, Line]]:
+def rows_of(lines: Sequence[Line], keep: float, method: str, scope: str) -> list[tuple[Line, Line]]:
     """Return what a method gave at a budget, a row a seed, each with the line that it is of."""
     wanted = (keep, method, scope)
     return [
@@ -110,40 +107,4 @@ def latency_table(latency: Mapping[str, Sequence[Line]]) -> str:
         "pruned (ms)",
         "ratio (quartiles)",
     ]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
-def draw(path: Path, lines: Sequence[Line]) -> None:
-    """Draw accuracy right after pruning over the part of the multiply-adds that is left, a panel a network.
-
-    Of each peer the better scope at each budget; dashed with new BatchNorm statistics.
-    """
-    nets = _nets(lines)
-    figure = Figure(figsize=(5.2 * len(nets), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(nets), squeeze=False, sharey=True)[0]
-    for ax, net in zip(axes, nets, strict=True):
-        _draw_net(ax, net, [line for line in lines if line["run"]["net"] == net])
-    axes[0].set_ylabel("test accuracy, not fine-tuned (%)")
-    axes[0].legend(fontsize="small", loc="lower right")
-    figure.savefig(path, dpi=120)
-
-
-def _draw_net(ax: Axes, net: str, lines: Sequence[Line]) -> None:
-    whole = 100 * mean(line["whole"]["accuracy"] for line in lines)
-    ax.axhline(whole, color="black", lw=0.8, ls=":")
-    for method in (OURS, *PEERS):
-        ax.plot(*_curve(lines, method, "accuracy", whole), marker="o", color=COLOURS[method], label=method)
-        if method != OURS:
-            ax.plot(*_curve(lines, method, "new_statistics", whole), ls="--", marker=".", color=COLOURS[method])
-    ax.set_title(f"{net}; dashed: BatchNorm statistics estimated anew", fontsize="medium")
-    ax.set_xlabel("multiply-adds left (%)")
-    ax.grid(alpha=0.3)
-
-
-def _curve(lines: Sequence[Line], method: str, what: str, whole: float) -> tuple[list[float], list[float]]:
-    x, y = [100.0], [whole]
-    for keep in _budgets(lines):
-        of_scopes = ([row[what] for _, row in _found(lines, keep, method, scope)] for scope in SCOPES)
-        x.append(100 * keep)
-        y.append(100 * max(map(mean, filter(None, of_scopes))))
-    return x, y
+    return markdown_table(headers, rows)

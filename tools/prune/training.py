@@ -1,6 +1,5 @@
 """Training the networks that are pruned, and training them on afterwards."""
 
-import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -8,10 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tools.common.errors import UsageError, first_line
+from tools.common.files import replaced
 from tools.prune.nets import NETS
 from tools.train.data import Batch, Data, Split
 from tools.train.loop import Contender, score_of
-from tools.train.settings import UsageError, first_line, parse_settings
+from tools.train.settings import parse_settings
 from tools.train.sources import load_data
 
 BATCH, EVALUATION_BATCH = 128, 500
@@ -40,9 +41,8 @@ def trained(net: str, data: Data, seed: int, epochs: int, file: Path) -> nn.Modu
         return model.eval()
     train(model, data, seed, epochs, TRAINING_RATE)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    torch.save(model.state_dict(), temporary)
-    os.replace(temporary, file)
+    with replaced(file) as temporary:
+        torch.save(model.state_dict(), temporary)
     return model.eval()
 
 

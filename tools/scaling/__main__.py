@@ -11,7 +11,6 @@ from dataclasses import replace
 import timm
 import torch
 import torchvision
-from tabulate import tabulate
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +20,7 @@ from decorr_fx.ops.cost import move_flops, own_flops
 from decorr_fx.runtime.site.ranks import given_by_each
 from decorr_fx.runtime.site.state import Site, sites_of
 from decorr_fx.runtime.step.divide import exchanged_bytes, look_flops, makers
+from tools.common.tables import markdown_table
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-50": torchvision.models.resnet50,
@@ -38,7 +38,7 @@ def scaling_table(models: Sequence[str] = tuple(MODELS), ranks: Sequence[int] = 
         "a step of R (GFLOP)", "sharded (GFLOP)", "sharded, of a training step",
     ]  # fmt: skip
     rows = [row for name in models for row in _rows(name, ranks)]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return markdown_table(headers, rows)
 
 
 def _rows(name: str, ranks: Sequence[int]) -> list[list[str]]:

@@ -13,45 +13,37 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from decorr_fx import DecorrError
 from tools.common.arguments import positive_int
+from tools.common.command import exit_code
+from tools.common.console import Bar
+from tools.common.errors import UsageError
 from tools.common.pool import perform_all
+from tools.common.results import RESULTS, Results
 from tools.study.clock import clocks_of, timing_line
+from tools.study.figures import draw
 from tools.study.grid import Race, Run, Study, read_study
-from tools.study.run import Results, perform
+from tools.study.run import perform
 from tools.study.summary import chosen_rates, collect, summarise
-from tools.study.tables import draw, goal_table, markdown_table
+from tools.study.tables import goal_table, learning_table
 from tools.study.timing import time_runs
 from tools.study.workloads import WORKLOADS
-from tools.train.settings import UsageError
 
-RESULTS = Path(__file__).parent.parent / "results"
-INTERRUPTED = 130
 TIMING_RATE = 1e-3  # any would do: a step costs the same
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study; return 0, 2 where it cannot be run, or 130 after Ctrl-C."""
-    try:
-        settings = parse_settings(argv)
-        study = read_study(settings.study)
-        settings.out.mkdir(parents=True, exist_ok=True)
-        results = Results(settings.out / f"study-{study.name}.jsonl")
-        if not settings.table:
-            run_study(study, results, settings.jobs)
-        tell(study, results, settings.out)
-    except SystemExit as stop:  # argparse has said why
-        return int(stop.code or 0)
-    except (UsageError, OSError, DecorrError) as error:
-        print(f"python -m tools.study: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return exit_code("study", lambda: run(parse_settings(argv)), "interrupted: the same command goes on from here")
+
+
+def run(settings: argparse.Namespace) -> None:
+    """Run what is missing, unless only the table was asked for, and tell what there is."""
+    study = read_study(settings.study)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    results = Results(settings.out / f"study-{study.name}.jsonl")
+    if not settings.table:
+        run_study(study, results, settings.jobs)
+    tell(study, results, settings.out)
 
 
 def run_study(study: Study, results: Results, jobs: int) -> None:
@@ -81,21 +73,16 @@ def tell(study: Study, results: Results, out: Path) -> None:
     summaries = summarise(tried)
     if not summaries:
         raise UsageError(f"{results.path} has no run of the plain method: run the study without --table first")
-    print(markdown_table(summaries, clocks), goal_table(tried, clocks), sep="\n\n")
+    print(learning_table(summaries, clocks), goal_table(tried, clocks), sep="\n\n")
     draw(out / f"study-{study.name}.png", summaries)
 
 
 def _perform(runs: Sequence[Run], results: Results, jobs: int) -> None:
     missing = [run for run in runs if results.of(run) is None]
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(missing))
+    with Bar(len(missing)) as bar:
         for line in perform_all(perform, missing, jobs):
             results.append(line)
-            progress.update(bar, advance=1, description=f"{line['run']['workload']} {line['run']['method']}")
+            bar.move(f"{line['run']['workload']} {line['run']['method']}", advance=1)
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from decorr_fx import ConfigError, DecorrConfig
+from tools.common.errors import UsageError
+from tools.common.optimizers import OPTIMIZERS
 from tools.study.workloads import WORKLOADS
-from tools.train.loop import OPTIMIZERS
-from tools.train.settings import UsageError
 
 PLAIN, CALIBRATE = "plain", "calibrate"
 GOAL = "adam"  # the optimizer by whose best plain accuracy everything on a workload is compared

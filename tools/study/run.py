@@ -1,12 +1,8 @@
 """One run of a study: train, and return what happened as one JSON object."""
 
-import json
 import math
-import os
 import platform
-from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -89,39 +85,3 @@ def _train(contender: Contender, source: Source, workload: Workload, run: Run) -
 
 def _finite(loss: float) -> bool:
     return math.isfinite(loss)
-
-
-class Results:
-    """A file of JSON lines, one a run: what is in it is not run again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines = _read(path)
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line, on the disk at once."""
-        self.lines.append(dict(line))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def of(self, run: Run) -> dict[str, Any] | None:
-        """Return the line of a run, if it was made."""
-        wanted = run.as_json()
-        return next((line for line in self.lines if line.get("run") == wanted), None)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file; one that was cut short, as an interrupted write leaves it, is taken out of it."""
-    if not path.exists():
-        return []
-    kept, cut = [], False
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            kept.append(json.loads(line))
-        except json.JSONDecodeError:
-            cut = True
-    if cut:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-    return kept

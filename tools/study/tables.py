@@ -1,14 +1,9 @@
-"""What is told of a study: the table, and the picture."""
+"""The tables of a study."""
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from tabulate import tabulate
-
+from tools.common.tables import markdown_table
 from tools.study.clock import Clock, Key
 from tools.study.grid import PLAIN
 from tools.study.summary import PARTS, Summary, Target, Tried, TriedRates, best_of, goals_of
@@ -16,7 +11,7 @@ from tools.study.summary import PARTS, Summary, Target, Tried, TriedRates, best_
 Clocks = Mapping[Key, Clock]
 
 
-def markdown_table(summaries: Sequence[Summary], clocks: Clocks) -> str:
+def learning_table(summaries: Sequence[Summary], clocks: Clocks) -> str:
     """Return the table of all summaries: steps to what the plain method reaches after parts of its budget.
 
     After a colon is the ratio to the plain method, in brackets the standard deviation over seeds.
@@ -26,7 +21,7 @@ def markdown_table(summaries: Sequence[Summary], clocks: Clocks) -> str:
         "seconds to 100%", "test accuracy (%)", "to 100% at plain's lr",
     ]  # fmt: skip
     rows = [_row(summary, clocks) for summary in summaries]
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return markdown_table(headers, rows)
 
 
 def _row(summary: Summary, clocks: Clocks) -> list[str]:
@@ -85,7 +80,7 @@ def goal_table(tried: TriedRates, clocks: Clocks) -> str:
         ways = [_way(tried.get((workload, *pair)), goal, clocks.get((workload, *pair))) for pair in pairs]
         rows.append([f"{workload}, {statistics.mean(goal.values()):.1%}", *ways])
     headers = [optimizer if method == PLAIN else f"{optimizer}, {method}" for optimizer, method in pairs]
-    return tabulate(rows, ["workload, accuracy", *headers], tablefmt="github", disable_numparse=True)
+    return markdown_table(["workload, accuracy", *headers], rows)
 
 
 def _way(rates: Sequence[Tried] | None, goal: Target, clock: Clock | None) -> str:
@@ -97,39 +92,3 @@ def _way(rates: Sequence[Tried] | None, goal: Target, clock: Clock | None) -> st
     if steps is None:
         return f"by {len(best.steps_of_seeds(goal))} of {len(best.histories)}"
     return f"{steps:.0f}" if clock is None else f"{steps:.0f}, {clock.at(steps):.1f} s"
-
-
-def draw(path: Path, summaries: Sequence[Summary]) -> None:
-    """Draw validation accuracy over steps, with each method's best rate; one panel a workload and optimizer."""
-    panels = list(dict.fromkeys((s.workload, s.optimizer) for s in summaries))
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax, panel in zip(axes, panels, strict=False):
-        _draw_panel(ax, [s for s in summaries if (s.workload, s.optimizer) == panel])
-        ax.set_title(", ".join(panel))
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
-    figure.supxlabel("training steps")
-    figure.supylabel("validation accuracy (%)")
-    figure.savefig(path, dpi=120)
-
-
-def _draw_panel(ax: Axes, summaries: Sequence[Summary]) -> None:
-    lowest = []
-    for summary in summaries:
-        whole = [summary.best.histories[seed] for seed in summary.best.whole]
-        if not whole:
-            continue
-        steps = [row[0] for row in whole[0]]
-        accuracies = 100 * np.array([[row[3] for row in history] for history in whole])
-        (line,) = ax.plot(steps, accuracies.mean(0), label=f"{summary.method}, lr {summary.best.lr:g}")
-        if len(whole) > 1:
-            ax.fill_between(steps, accuracies.min(0), accuracies.max(0), color=line.get_color(), alpha=0.2)
-        lowest.append(np.quantile(accuracies, 0.2))
-    ax.axhline(100 * statistics.mean(summaries[0].targets[0].values()), color="grey", lw=0.8, ls="--")
-    if lowest:
-        ax.set_ylim(bottom=min(lowest) - 2)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize="small", loc="lower right")

@@ -18,23 +18,24 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import decorr_fx
-from decorr_fx import DecorrError
+from tools.common.command import INTERRUPTED, exit_code
+from tools.common.console import Bar, output
+from tools.common.errors import UsageError, first_line
 from tools.common.ranks import RankError, joined, rank, ranks
 from tools.train.checkpoint import load_checkpoint, save_checkpoint
 from tools.train.correlations import Correlation, mean_of, measure_correlations
 from tools.train.data import Data
 from tools.train.figures import NAMES, draw_correlations, draw_curves
 from tools.train.loop import EVALUATION_BATCH, Contender, Score, race, score_of
+from tools.train.metrics import Metrics
 from tools.train.models import build_model, is_own
-from tools.train.report import Metrics, export_line, result_of, results_table
-from tools.train.settings import Settings, UsageError, first_line, parse_settings
+from tools.train.report import export_line, result_of, results_table
+from tools.train.settings import Settings, parse_settings
 from tools.train.sources import load_data
 
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
 LOST = 1
 WIDTH = 100  # of the table in a file
 MEASURED_IMAGES = 128  # of the training set, for the correlations
@@ -55,24 +56,20 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; return 0, 2 where what was asked for cannot be done, 1 where a rank was lost, 130 after Ctrl-C."""
     try:
-        settings = parse_settings(argv)
-        with joined(settings.timeout):
-            return run(settings)
-    except SystemExit as stop:  # argparse has said why
-        return int(stop.code or 0)
-    except (UsageError, DecorrError) as error:
-        print(f"python -m tools.train: error: {error}", file=sys.stderr)
-        return 2
+        return exit_code("train", lambda: _run_joined(parse_settings(argv)))
     except RankError as error:
         print(f"python -m tools.train: error: {error}; go on from the last evaluation with --resume", file=sys.stderr)
         return LOST
-    except KeyboardInterrupt:
-        return INTERRUPTED
+
+
+def _run_joined(settings: Settings) -> int:
+    with joined(settings.timeout):
+        return run(settings)
 
 
 def run(settings: Settings) -> int:
     """Train, tell what came of it, and write the files."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, quiet=rank() > 0)
+    console = output(WIDTH, quiet=rank() > 0)
     job = prepare(settings)
     try:
         _race_with_progress(job)
@@ -130,21 +127,18 @@ def _open_folder(settings: Settings) -> Metrics:
 
 
 def _race_with_progress(job: Job) -> None:
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     total = job.settings.epochs * job.data.steps_per_epoch(job.settings.batch_size)
     batch = next(job.data.training_batches(job.settings.batch_size, job.settings.seed, job.contenders[0].device))
     for contender in job.contenders:
         contender.warm_up(batch)
-    with Progress(*columns, console=console, disable=rank() > 0 or not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
+    with Bar(total, quiet=rank() > 0) as bar:
         for evaluations in race(job.contenders, job.data, job.settings):
             for evaluation in evaluations:
                 job.metrics.append("evaluation", asdict(evaluation))
             if rank() == 0:
                 save_checkpoint(job.settings.checkpoint, job.settings, job.contenders)
             told = ", ".join(f"{e.method} {100 * e.val_accuracy:.1f} %" for e in evaluations)
-            progress.update(task, completed=evaluations[0].step, description=told)
+            bar.move(told, completed=evaluations[0].step)
 
 
 def _deliverables(job: Job) -> dict[str, nn.Module]:

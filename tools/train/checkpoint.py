@@ -1,6 +1,5 @@
 """The checkpoint of a run: what it needs to go on from its last evaluation, with the same numbers."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,8 +9,10 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from tools.common.errors import UsageError, first_line
+from tools.common.files import replaced
 from tools.train.loop import Contender
-from tools.train.settings import Settings, UsageError, first_line
+from tools.train.settings import Settings
 
 # what reading a file raises that is not a checkpoint of ours
 READING = (OSError, RuntimeError, EOFError, UnpicklingError, BadZipFile, KeyError, TypeError, ValueError)
@@ -24,16 +25,13 @@ def save_checkpoint(path: Path, settings: Settings, contenders: Sequence[Contend
     Raises:
         UsageError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.new")  # one name: what a killed process has left is written over
     whole = {"settings": _trained(settings), "contenders": {one.method: one.state_dict() for one in contenders}}
     try:
-        torch.save(whole, temporary)
-        os.replace(temporary, path)
+        with replaced(path) as temporary:
+            torch.save(whole, temporary)
     except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a disk that is full
         advice = "the last one is as it was: make room, and go on with --resume"
         raise UsageError(f"{path} cannot be written: {first_line(error)}; {advice}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, settings: Settings, contenders: Sequence[Contender]) -> None:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
+from tools.common.errors import UsageError
 from tools.common.ranks import share
-from tools.train.settings import UsageError
 
 VALIDATION_PART, VALIDATION_MOST = 0.2, 5000  # of the training images: the smaller of the two is held out
 

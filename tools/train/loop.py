@@ -5,7 +5,7 @@ them; each turn starts from the same random seed, so that dropout masks are as e
 while a contender takes training steps, and it waits for the device; plain backpropagation runs the plain model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import chain, cycle, islice
@@ -15,11 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
-from tools.common.muon import Muon
-from tools.common.optimizers import soap
+from tools.common.optimizers import OPTIMIZERS
 from tools.common.ranks import rank, told_by_first, wrapped
 from tools.train.data import Batch, Data
 from tools.train.models import logits_of
@@ -27,8 +26,6 @@ from tools.train.settings import Settings
 
 TURN = 8  # steps that a contender takes before the next one's turn
 EVALUATION_BATCH = 512
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "soap": soap}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tools.common.errors import UsageError, first_line
 from tools.common.ranks import ranks
-from tools.train.settings import UsageError, first_line
 
 Shape = tuple[int, int, int]
 

@@ -1,7 +1,6 @@
 """The settings of the main job, as the command line gives them."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,15 +10,13 @@ import torch
 
 from decorr_fx import DecorrConfig
 from decorr_fx.config import RuleName, StructureName
-from tools.common.arguments import positive, positive_int
+from tools.common.arguments import natural, non_negative, positive, positive_int
+from tools.common.devices import device_named
+from tools.common.errors import UsageError
 from tools.common.ranks import local_rank
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 PRESET = DecorrConfig()  # the library's defaults are the tool's
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one line and says what would help."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +78,10 @@ class Settings:
         """Return the device to train on, checked."""
         if self.device == "auto":
             return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {self.device}: {first_line(error)}; use --device cpu") from None
+        device = device_named(self.device)
         if device.type not in DEVICE_TYPES:
             raise UsageError(f"--device {self.device}: cannot be trained on; use one of {', '.join(DEVICE_TYPES)}")
         return device
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its name where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
@@ -124,7 +112,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--size", type=positive_int,
                        help="resize images to SIZE x SIZE; if not given, 224 for imagefolder, else as they are",
                        default=argparse.SUPPRESS)  # fmt: skip
-    group.add_argument("--workers", type=_whole, default=0, help="processes that read an imagefolder")
+    group.add_argument("--workers", type=natural, default=0, help="processes that read an imagefolder")
     group.add_argument("--model", default="cnn", help="cnn, mlp, vit, or the name of a torchvision classifier")
     group.add_argument("--batch-norm", action="store_true", help="put BatchNorm into the cnn or the mlp")
     group.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for everything that is written")
@@ -140,9 +128,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", choices=("sgd", "adam", "adamw", "muon", "soap"), default="adam",
                        help="sgd has momentum 0.9; muon leaves what is no matrix to AdamW")  # fmt: skip
     group.add_argument("--lr", type=positive, default=1e-3, help="learning rate at the start; falls linearly to 0")
-    group.add_argument("--weight-decay", type=_weight_decay, default=argparse.SUPPRESS,
+    group.add_argument("--weight-decay", type=non_negative, default=argparse.SUPPRESS,
                        help="weight decay; if not given, the optimizer's own default")  # fmt: skip
-    group.add_argument("--seed", type=_whole, default=0, help="of the weights, the batches and the validation split")
+    group.add_argument("--seed", type=natural, default=0, help="of the weights, the batches and the validation split")
     group.add_argument("--evaluations", type=positive_int, default=40, help="evaluations on the validation set")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is one")
     group.add_argument("--timeout", type=positive, default=600.0,
@@ -172,16 +160,3 @@ def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--center", action="store_true", help="subtract the running mean of the rows, too")
     group.add_argument("--no-preserve-function", dest="preserve_function", action="store_false",
                        help="do not let W follow the steps of R")  # fmt: skip
-
-
-def _whole(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _weight_decay(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
-    return value

@@ -17,8 +17,9 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 
+from tools.common.errors import UsageError, first_line
 from tools.train.data import Data, channel_moments, held_out
-from tools.train.settings import Settings, UsageError, first_line
+from tools.train.settings import Settings
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CRC32 = {

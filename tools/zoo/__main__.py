@@ -13,77 +13,21 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tools.zoo.examples import Library
-from tools.zoo.pool import Pool, Task, load_library
-from tools.zoo.record import Record
-from tools.zoo.report import (
-    Results,
-    coverage_table,
-    failure_line,
-    header_of,
-    read_results,
-    results_path,
-    results_table,
-    summary_line,
-)
-from tools.zoo.settings import Settings, UsageError, check_names, parse_settings, select
+from tools.common.command import INTERRUPTED, exit_code
+from tools.common.console import Bar, output
+from tools.common.errors import UsageError
+from tools.zoo.pool import Pool, load_library
+from tools.zoo.run import Run
+from tools.zoo.settings import Settings, check_names, parse_settings
+from tools.zoo.tables import coverage_table, failure_line, results_table, summary_line
 
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
 WIDTH = 160  # of the table in a file
-
-
-class Run:
-    """The results of one library, as they come."""
-
-    def __init__(self, library: Library, settings: Settings) -> None:
-        self.library = library
-        self.settings = settings
-        self.order = [*library.models, *library.skipped]
-        self.chosen = select(self.order, settings)
-        self.records = {record.name: record for record in self._kept()}
-        for name in self.chosen:
-            if name in library.skipped:
-                self.records[name] = Record(name, "skipped", reason=library.skipped[name])
-        self.tasks = [Task(library.name, name, settings.limits) for name in self.chosen if name not in self.records]
-
-    def add(self, record: Record) -> None:
-        """Note a record, and write the file anew."""
-        self.records[record.name] = record
-        self.write()
-
-    def write(self) -> None:
-        """Write the JSON file."""
-        results = Results(header_of(self.library, self.settings.limits), [])
-        results.with_records(self.records.values(), self.order).write(self.settings.out)
-
-    def own_records(self) -> list[Record]:
-        """Return the records of the models that were asked for, in order."""
-        return [self.records[name] for name in self.chosen if name in self.records]
-
-    def _kept(self) -> list[Record]:
-        """Return the records of the file that stay: of models that were not asked for, and what passed before."""
-        path = results_path(self.settings.out, self.library.name)
-        before = read_results(path)
-        if before is None or before.header != header_of(self.library, self.settings.limits):
-            return []
-        resumed = {r.name for r in before.records if self.settings.resume and r.status == "passed"}
-        others = set(self.order).difference(self.chosen) if self.settings.is_partial else set()
-        return [record for record in before.records if record.name in resumed | others]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the models; return 0, 1 where one failed, 2 where that cannot be done, or 130 after Ctrl-C."""
-    try:
-        return run(parse_settings(argv))
-    except SystemExit as stop:  # argparse has said why
-        return int(stop.code or 0)
-    except UsageError as error:
-        print(f"python -m tools.zoo: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return exit_code("zoo", lambda: run(parse_settings(argv)))
 
 
 def run(settings: Settings) -> int:
@@ -95,7 +39,7 @@ def run(settings: Settings) -> int:
     if settings.list:
         print("\n".join(f"{r.library.name}:{name}" for r in runs for name in r.chosen))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = output(WIDTH)
     try:
         _check_with_progress(runs, settings)
     except KeyboardInterrupt:
@@ -123,21 +67,16 @@ def prepare(settings: Settings) -> list[Run]:
 
 
 def _check_with_progress(runs: list[Run], settings: Settings) -> None:
-    console = Console(stderr=True)
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
     by_library = {run.library.name: run for run in runs}
     tasks = [task for run in runs for task in run.tasks]
     for run in runs:
         run.write()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=len(tasks))
+    with Bar(len(tasks)) as bar:
         for task, record in Pool(settings.jobs).check(tasks):
             by_library[task.library].add(record)
             if record.status == "failed":
-                progress.console.print(escape(failure_line(task.library, record)), soft_wrap=True, highlight=False)
-            progress.update(bar, advance=1, description=f"{task.library}:{record.name}")
+                bar.console.print(escape(failure_line(task.library, record)), soft_wrap=True, highlight=False)
+            bar.move(f"{task.library}:{record.name}", advance=1)
 
 
 def _tell(runs: list[Run], console: Console) -> int:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tools.common.pool import as_they_end, begin
 from tools.zoo.check import check_model
 from tools.zoo.examples import Library
 from tools.zoo.record import Record
@@ -66,12 +67,10 @@ class Pool:
         if tasks and self._context.get_start_method() == "forkserver":
             start_server(tasks)
         with ThreadPoolExecutor(self.jobs) as threads:
-            pending = {threads.submit(self.check_one, task): task for task in tasks}
             try:
-                yield from _as_they_end(pending)
+                yield from as_they_end(threads, self.check_one, tasks)
             finally:
                 self._stopped.set()
-                threads.shutdown(cancel_futures=True)
 
     def check_one(self, task: Task) -> Record:
         """Check one model in a process of its own, within its limits."""
@@ -120,7 +119,7 @@ def check_in_process(task: Task, folder: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(sys.__stderr__ or 2)
-    torch.set_num_threads(task.limits.threads)
+    begin(task.limits.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with (Path(folder) / "lines").open("a", encoding="utf-8") as lines:
 
@@ -140,13 +139,6 @@ def resident_memory(process_id: int) -> float:
     except (OSError, IndexError, ValueError):
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
-
-
-def _as_they_end(pending: dict[Future[Record], Task]) -> Iterator[tuple[Task, Record]]:
-    while pending:
-        done, _ = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            yield pending.pop(future), future.result()
 
 
 def _read(task: Task, folder: Path, reason: str) -> Record:

@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
-
 from tools.common.arguments import positive, positive_int
+from tools.common.devices import device_named
+from tools.common.errors import UsageError
+from tools.common.results import RESULTS
 
 LIBRARIES = ("torchvision", "timm", "transformers")
-RESULTS = Path(__file__).parent.parent / "results"
 TOKEN = re.compile(r"\s*(\(|\)|[\w.+-]+)\s*")
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one line and says what would help."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,8 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     _add_choice(parser)
     _add_checks(parser)
     given = parser.parse_args(argv)
-    limits = Limits(
-        given.time_limit, given.memory_limit, _threads(given.jobs), _device(given.device), given.onnx, given.compile
-    )
+    device = str(device_named(given.device))
+    limits = Limits(given.time_limit, given.memory_limit, _threads(given.jobs), device, given.onnx, given.compile)
     return Settings(
         (given.library,) if given.library else LIBRARIES, tuple(given.names), given.k, given.jobs, limits, given.out,
         given.resume, given.coverage, given.list,
@@ -136,11 +131,3 @@ def _threads(jobs: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and int(given) else max(1, cores // jobs)
-
-
-def _device(name: str) -> str:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu") from None
-    return name

@@ -11,7 +11,7 @@ from tools.bench.cases import SUITES, Case, sweep
 from tools.bench.measure import Contender, Spread, race
 from tools.bench.memory import peak_bytes
 from tools.bench.methods import METHODS, build_model, make_batch, prepare, step_kinds
-from tools.bench.report import markdown_table
+from tools.bench.tables import costs_table
 from tools.bench.textbook import EPS, KAPPA, TextbookLayer, textbook
 
 TINY = ["--model", "linears", "--batch", "16", "--seconds", "0.1"]
@@ -31,7 +31,7 @@ def test_a_case_is_measured_printed_and_written(tmp_path: Path, capsys: pytest.C
         assert result["step"]["low"] <= result["step"]["median"] <= result["step"]["high"]
     assert case["results"][0]["ratio"]["median"] == pytest.approx(1)
     assert (tmp_path / "bench-linears.png").stat().st_size > 5000
-    assert "| linears, 16 x 256" in markdown_table(tmp_path / "bench-linears.json")
+    assert "| linears, 16 x 256" in costs_table(tmp_path / "bench-linears.json")
 
 
 def test_growth_is_drawn_in_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

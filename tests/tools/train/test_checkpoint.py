@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tools.common.optimizers import OPTIMIZERS
 from tools.train import __main__ as train
 from tools.train.checkpoint import save_checkpoint
-from tools.train.loop import OPTIMIZERS
 
 QUICK = ["--epochs", "1", "--batch-size", "64", "--evaluations", "4", "--batch-norm"]
 

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 
+from tools.common.errors import UsageError
 from tools.train.__main__ import main
 from tools.train.models import build_model
-from tools.train.settings import UsageError
 
 ROOT = Path(__file__).parents[3]
 QUICK = ["--epochs", "1", "--evaluations", "2", "--model", "mlp"]

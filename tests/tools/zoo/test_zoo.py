@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from decorr_fx import Report
 from decorr_fx.runtime.site.spec import SkippedRecord
+from tools.common.errors import UsageError
 from tools.zoo import check as zoo_check
 from tools.zoo.__main__ import main
 from tools.zoo.check import check_model
@@ -22,8 +23,8 @@ from tools.zoo.compare import Failed, largest_error
 from tools.zoo.examples import Example
 from tools.zoo.pool import Pool, Task, load_library
 from tools.zoo.record import STAGES, Record
-from tools.zoo.report import Results, read_results
-from tools.zoo.settings import Limits, UsageError, matches
+from tools.zoo.results import LibraryResults, read_results
+from tools.zoo.settings import Limits, matches
 from tools.zoo.weights import WeightFinder, layer_weights, parameter_names, split_weights
 
 ROOT = Path(__file__).parents[3]
@@ -246,7 +247,7 @@ def test_resume_and_parts_keep_what_is_known(tmp_path: Path, monkeypatch: pytest
     assert before is not None
     before.records[0].fail("fold", "to be seen again")
     before.records[1].parameters = 7
-    Results(before.header, before.records).write(tmp_path)
+    LibraryResults(before.header, before.records).write(tmp_path)
     _, records = run(tmp_path, *arguments, "--resume")
     assert (records["alexnet"]["status"], records["vgg11"]["parameters"]) == ("passed", 7)
     assert len(run(tmp_path, "--library", "torchvision", "resnet18")[1]) == 4

@@ -1,75 +1,16 @@
-"""What is told of a run: the table, the JSON file, and the coverage table of all JSON files."""
+"""What is told of a run: the table, and the coverage table of all JSON files."""
 
-import json
-import math
-import os
-import platform
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from tabulate import tabulate
 
-from tools.zoo.examples import Library
-from tools.zoo.record import STAGES, Record
-from tools.zoo.settings import LIBRARIES, Limits, UsageError
-
-
-@dataclass(frozen=True)
-class Results:
-    """The JSON file of one library: what it was checked with, and one record a model."""
-
-    header: Mapping[str, Any]
-    records: Sequence[Record]
-
-    def write(self, folder: Path) -> Path:
-        """Write the file, whole or not at all."""
-        path = results_path(folder, str(self.header["library"]))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        whole = {**self.header, "models": [_finite(record.as_json()) for record in self.records]}
-        temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
-
-    def with_records(self, records: Iterable[Record], order: Sequence[str]) -> "Results":
-        """Return the results with these records, in the order of the library's list."""
-        place = {name: i for i, name in enumerate(order)}
-        return Results(self.header, sorted(records, key=lambda record: place.get(record.name, len(place))))
-
-
-def results_path(folder: Path, library: str) -> Path:
-    """Return where the results of a library are."""
-    return folder / f"zoo-{library}.json"
-
-
-def read_results(path: Path) -> Results | None:
-    """Return the results in a file, or None where there is none; raise `UsageError` where it cannot be read."""
-    if not path.exists():
-        return None
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        records = [Record.from_json(record) for record in whole.pop("models")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}; move it away") from None
-    return Results(whole, records)
-
-
-def header_of(library: Library, limits: Limits) -> dict[str, Any]:
-    """Return what a library is checked with: records of another header say nothing about this one."""
-    device = torch.cuda.get_device_name(limits.device) if limits.device.startswith("cuda") else limits.device
-    asked_for = {"onnx": limits.onnx, "compile": limits.compile}
-    return {
-        "library": library.name,
-        "device": device,
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in library.packages},
-        "stages": [stage for stage in STAGES if asked_for.get(stage, True)],
-    }
+from tools.common.errors import UsageError
+from tools.common.tables import markdown_table
+from tools.zoo.record import Record
+from tools.zoo.results import LibraryResults, read_results, results_path
+from tools.zoo.settings import LIBRARIES
 
 
 def results_table(library: str, records: Sequence[Record]) -> Table:
@@ -106,10 +47,10 @@ def coverage_table(folder: Path) -> str:
         "library", "models", "passed", "conv and linear weights", "of which sites (%)", "largest fold error",
         "ONNX exported: plain, folded", "largest ONNX error",
     ]  # fmt: skip
-    return tabulate([_coverage(results) for results in found], headers, tablefmt="github", disable_numparse=True)
+    return markdown_table(headers, [_coverage(results) for results in found])
 
 
-def _coverage(results: Results) -> list[str]:
+def _coverage(results: LibraryResults) -> list[str]:
     checked = [record for record in results.records if record.status != "skipped"]
     weights, sites = sum(record.weights for record in checked), sum(record.sites for record in checked)
     folded = sum(record.onnx == "exported" and record.status == "passed" for record in checked)
@@ -143,12 +84,3 @@ def _told(record: Record) -> str:
     notes = [] if record.onnx in ("", "exported") else [record.onnx]
     notes += [] if record.finite else ["its own outputs are not finite"]
     return "passed" + "".join(f"; {note}" for note in notes)
-
-
-def _finite(tree: Any) -> Any:
-    """Return the tree with numbers that JSON does not have as text."""
-    if isinstance(tree, float) and not math.isfinite(tree):
-        return str(tree)
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    return tree
