@@ -1,14 +1,35 @@
-"""Optimizers by name: torch's, our Muon, SOAP from heavyball."""
+"""Optimizers by name: torch's, Muon from timm, SOAP from heavyball."""
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tools.common.errors import UsageError
-from tools.common.muon import Muon
+
+ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "nesterov": False}  # as torch has it
+
+
+def muon(params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> Optimizer:
+    """Return timm's Muon: parameters of two dimensions or more are stepped as matrices, the others by AdamW.
+
+    Steps of both are of like length, so that one learning rate is right for both; Nesterov's momentum and the
+    coefficients are those of the original Muon.
+
+    Raises:
+        UsageError: timm is not installed.
+    """
+    try:
+        from timm.optim.muon import Muon
+    except ImportError:
+        raise UsageError("muon needs timm: pip install 'decorr_fx[bench]'") from None
+    whole = list(params)
+    matrices = {"params": [p for p in whole if p.dim() >= 2], "use_muon": True}
+    others = {"params": [p for p in whole if p.dim() < 2], "use_fallback": True, **ADAMW}
+    options: dict[str, Any] = {"nesterov": True, "ns_coefficients": "original", "adjust_lr_fn": "match_rms_adamw"}
+    return cast(Optimizer, Muon([matrices, others], lr=lr, weight_decay=weight_decay, **options))
 
 
 def soap(params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> Optimizer:
@@ -31,4 +52,4 @@ def from_heavyball(name: str, compile_mode: str | None) -> Callable[..., Optimiz
     return cast(Callable[..., Optimizer], getattr(heavyball, name))
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon, "soap": soap}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": muon, "soap": soap}

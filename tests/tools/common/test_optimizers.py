@@ -1,14 +1,14 @@
 import torch
 from torch import nn
 
-from tools.common.muon import Muon
+from tools.common.optimizers import muon
 
 
 def test_muon_steps_convolutions_as_matrices_and_vectors_by_adamw() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3)
     matrix, bias = nn.Parameter(conv.weight.detach().flatten(1).clone()), nn.Parameter(conv.bias.detach().clone())
-    ours = Muon(conv.parameters(), lr=0.1)
+    ours = muon(conv.parameters(), lr=0.1)
     theirs = torch.optim.Muon([matrix], lr=0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
     vectors = torch.optim.AdamW([bias], lr=0.1, weight_decay=0)
     for _ in range(3):
