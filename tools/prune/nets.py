@@ -4,9 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from tools.study.workloads import narrow_resnet
-
-CLASSES = 10
+from tools.common.resnet import CLASSES, narrow_resnet
 
 
 def vgg() -> nn.Module:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -269,3 +270,15 @@ def test_ctrl_c_tells_and_keeps_what_was_checked(tmp_path: Path) -> None:
     assert "interrupted" in out
     assert "Traceback" not in error
     assert "alexnet" in [record["name"] for record in json.loads(path.read_text())["models"]]
+
+
+def test_checks_end_with_a_zoo_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.zoo", "--library", "torchvision", "--no-onnx", "-k", "vgg", "--out"]
+    zoo = psutil.Popen([*command, str(tmp_path)], stdout=subprocess.DEVNULL, cwd=ROOT)
+    while not (checks := [check for server in zoo.children() for check in server.children()]):
+        assert zoo.poll() is None
+        time.sleep(0.1)
+    zoo.kill()
+    zoo.wait()
+    _, running = psutil.wait_procs(checks, timeout=20)
+    assert not running
