@@ -5,12 +5,8 @@ from decorr_fx.api import (
     export_onnx,
     fold,
     fold_,
-    matrices,
     paused,
     prune,
-    report,
-    state_keys,
-    stats,
     stepping,
     transform,
     transform_,
@@ -27,6 +23,7 @@ from decorr_fx.errors import (
     NotTransformedError,
     PassError,
 )
+from decorr_fx.inspection import matrices, report, state_keys, stats
 from decorr_fx.ops.prune.subspace import Units
 from decorr_fx.passes.capture.adapters import register_layer
 from decorr_fx.passes.export import ExportReport

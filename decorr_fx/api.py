@@ -1,4 +1,4 @@
-"""The verbs. Each one is: check, run these passes, return."""
+"""The verbs that change a model, or make another. Each one is: check, run these passes, return."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -7,28 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from decorr_fx.config import Power, Rule
-from decorr_fx.errors import ConfigError, ModelError, NotTransformedError
+from decorr_fx.config import Rule
 from decorr_fx.inputs import Example
+from decorr_fx.inspection import settings_of, transformed, unwrapped
 from decorr_fx.ops.prune.orders import Order
 from decorr_fx.passes.calibrate import calibrate_sites
 from decorr_fx.passes.capture.check import check_model
 from decorr_fx.passes.copies import copy_model
-from decorr_fx.passes.count import count_rows
 from decorr_fx.passes.export import ExportOnnx, ExportReport
 from decorr_fx.passes.match.settings import Filter, Overrides, Settings
-from decorr_fx.passes.plan import Plan, make_plan
+from decorr_fx.passes.plan import make_plan
 from decorr_fx.passes.prune.prune import Measure, PruneSettings, PruneUnits, Weighting
 from decorr_fx.passes.prune.report import PruneResult
 from decorr_fx.passes.rewrite.fold import FoldDecorrelation
 from decorr_fx.passes.rewrite.insert import InsertDecorrelation
-from decorr_fx.runtime.report import Report, describe, site_records
-from decorr_fx.runtime.site.attachment import skipped_of
 from decorr_fx.runtime.site.ranks import Ranks
-from decorr_fx.runtime.site.state import Site, sites_of
-from decorr_fx.runtime.stats import Stats, collect_stats
+from decorr_fx.runtime.site.registry import LOCK
+from decorr_fx.runtime.site.state import sites_of
 from decorr_fx.runtime.step import hooks
 
 
@@ -60,8 +57,9 @@ def transform(
         ModelError: the model is no module, has no layer to decorrelate, or is compiled, wrapped or transformed already.
         LayerError: a layer is lazy, or has a complex or integer weight.
         ConfigError: a setting is wrong, or a key of `overrides` matches no layer.
+        DistributedError: this rank is not in `process_group`, or the model is sharded by `fully_shard` already.
     """
-    return _transform(model, _settings(rule, filter_fn, overrides), process_group, in_place=False)
+    return _transform(model, settings_of(rule, filter_fn, overrides), process_group, in_place=False)
 
 
 def transform_(
@@ -73,11 +71,11 @@ def transform_(
     process_group: Any = None,
 ) -> nn.Module:
     """Do what `transform` does to the model itself, and return it. After an error it is as it was."""
-    return _transform(model, _settings(rule, filter_fn, overrides), process_group, in_place=True)
+    return _transform(model, settings_of(rule, filter_fn, overrides), process_group, in_place=True)
 
 
 def _transform(model: nn.Module, settings: Settings, process_group: Any, in_place: bool) -> nn.Module:
-    with torch.inference_mode(False):  # R is to be changed in place, and an inference tensor cannot
+    with LOCK, torch.inference_mode(False):  # R is changed in place later on, which an inference tensor cannot be
         plan = make_plan(check_model(model), settings)
         return InsertDecorrelation(plan, Ranks(process_group), in_place)(model)
 
@@ -104,7 +102,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     After any error, of the batches' own too, the model is as it was.
     """
-    calibrate_sites(_transformed(model), batches)
+    calibrate_sites(transformed(model), batches)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -116,8 +114,9 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         NotTransformedError: the model is plain, or was folded already.
         ModelError: the model cannot be copied.
+        DistributedError: it is sharded by `fully_shard`; use `fold_`.
     """
-    return FoldDecorrelation(in_place=False)(_unwrapped(model))
+    return FoldDecorrelation(in_place=False)(unwrapped(model))
 
 
 def fold_(model: nn.Module) -> nn.Module:
@@ -128,7 +127,7 @@ def fold_(model: nn.Module) -> nn.Module:
     Raises:
         NotTransformedError: the model is plain, or was folded already.
     """
-    return FoldDecorrelation(in_place=True)(_unwrapped(model))
+    return FoldDecorrelation(in_place=True)(unwrapped(model))
 
 
 def export_onnx(
@@ -153,9 +152,9 @@ def export_onnx(
         ExportError: the path cannot be written, the model does not accept the inputs or cannot be exported, a package
             is missing, or onnxruntime does not agree with the model. No file is left then.
     """
-    model = _unwrapped(model)
-    transformed = next(sites_of(model), None) is not None
-    plain = FoldDecorrelation(in_place=False)(model) if transformed else copy_model(model, shared=[])
+    model = unwrapped(model)
+    changed = next(sites_of(model), None) is not None
+    plain = FoldDecorrelation(in_place=False)(model) if changed else copy_model(model, shared=[])
     plain.eval()  # which a user's own train() may let return None
     return ExportOnnx(Path(path), Example.of(example_inputs), dynamic_batch, verify)(plain)
 
@@ -190,9 +189,9 @@ def prune(
         keep: the part of the model that is to stay, in (0, 1]; met to within a unit, from below.
         measure: of what: `macs`, multiply-adds of convs and linears for an example like `example_inputs`, or `params`.
         order: which units go first. `backward`: one after another that whose removal costs the readers least; `zca`:
-            those with the least `1 / [C^-1/2]_ii^2`, C the second moment of the units; `loo`: `1 / [C^-1]_ii`, what the
-            others do not tell; `variance`: `C_ii`; `l1`: the L1 norm of the weights that make them; `random`; or a
-            function of `Units` that returns a score for each, of which the largest are kept.
+            those with the least `1 / [C^-1/2]_ii^2`, C the second moment of the units, as published; `l1`: those with
+            the least L1 norm of the weights that make them; or a function of `Units` that returns a score for each, of
+            which the largest are kept.
         weighting: what the threshold is of: `output`, the squared error of the readers' outputs, or `variance`, the
             second moment of the units that the kept ones do not tell.
         example_inputs: what the model is called with; dimension 0 of each tensor is the batch.
@@ -212,79 +211,7 @@ def prune(
         keep=keep, measure=measure, order=order, weighting=weighting, round_to=round_to, min_units=min_units,
         residual_streams=residual_streams, filter_fn=filter_fn,
     )  # fmt: skip
-    return PruneUnits(calibration, Example.of(example_inputs), settings)(_unwrapped(model))
-
-
-def report(
-    model: nn.Module,
-    rule: Rule | None = None,
-    *,
-    example_inputs: Any = None,
-    filter_fn: Filter | None = None,
-    overrides: Overrides | None = None,
-) -> Report:
-    """List every conv and linear of the model as a site or as skipped with the reason; printing it gives a table.
-
-    Before `transform` it is the plan that the same arguments would lead to; of a transformed model it is what was done.
-
-    Args:
-        model: plain or transformed.
-        rule: as in `transform`.
-        example_inputs: what the model is called with in a training step: a tensor, a tuple of positional arguments, or
-            a dict of keyword arguments. A copy of the plain model runs on them once, and the rows of each layer are
-            counted, by which costs are given; without them 4096 rows are assumed.
-        filter_fn: as in `transform`.
-        overrides: as in `transform`.
-
-    Raises:
-        ConfigError: settings were given for a model that is transformed already.
-        ModelError: as `transform`, for a plain model; or it does not run on `example_inputs`.
-    """
-    inner, example = _unwrapped(model), None if example_inputs is None else Example.of(example_inputs)
-    if next(sites_of(inner), None) is None:
-        plan = make_plan(check_model(model), _settings(rule, filter_fn, overrides))
-        rows = count_rows(plan, example) if example else {}
-        counted = ((site, rows.get(site.spec.fqn, 0)) for site in plan.sites)
-        records = (one for site, count in counted for one in describe(site.spec, site.element_size, count))
-        return Report(tuple(records), plan.skipped, example is not None)
-    if any(setting is not None for setting in (rule, filter_fn, overrides)):
-        raise ConfigError("the model is transformed already: report(model, example_inputs=...) tells what was done")
-    rows = count_rows(_plan_of_plain(inner), example) if example else {}
-    return Report(tuple(site_records(inner, rows)), skipped_of(inner), example is not None)
-
-
-def matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Return R of every site as dense matrices `[groups, d, d]`, by the name of the site, for inspection.
-
-    `z = R x` for rows x of the layer's input, of which the features are channel-major.
-
-    Raises:
-        NotTransformedError: the model is plain.
-    """
-    return {site.spec.fqn: site.dense() for site in sites_of(_transformed(model))}
-
-
-def state_keys(model: nn.Module) -> set[str]:
-    """Return the keys of `model.state_dict()` that are of R, and not of the plain model.
-
-    They let training go on bit for bit. A checkpoint without them is one of the plain model: its weights are right in
-    either, and R of a transformed model that loads it stays as it is.
-
-    Raises:
-        NotTransformedError: the model is plain.
-    """
-    inner = _transformed(model)
-    names = [name for name, module in inner.named_modules(remove_duplicate=False) if isinstance(module, Site)]
-    return {key for key in inner.state_dict() if key.startswith(tuple(f"{name}." for name in names))}
-
-
-def stats(model: nn.Module) -> Stats:
-    """Return residual correlation, variance error, steps taken and refused of every site; printing it gives a table.
-
-    Raises:
-        NotTransformedError: the model is plain.
-    """
-    return collect_stats(sites_of(_transformed(model)))
+    return PruneUnits(calibration, Example.of(example_inputs), settings)(unwrapped(model))
 
 
 def stepping(model: nn.Module) -> AbstractContextManager[None]:
@@ -299,7 +226,7 @@ def stepping(model: nn.Module) -> AbstractContextManager[None]:
         DistributedError: R is not the same on all ranks, or a weight is sharded in a way in which rows are not whole.
         LayerError: a weight was pruned or parametrized after `transform`.
     """
-    return hooks.stepping_sites(_transformed(model))
+    return hooks.stepping_sites(transformed(model))
 
 
 def paused(model: nn.Module) -> AbstractContextManager[None]:
@@ -308,33 +235,4 @@ def paused(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         NotTransformedError: the model is plain.
     """
-    return hooks.paused_sites(_transformed(model))
-
-
-def _settings(rule: Rule | None, filter_fn: Filter | None, overrides: Overrides | None) -> Settings:
-    return Settings(Power() if rule is None else rule, filter_fn, {} if overrides is None else overrides)
-
-
-def _plan_of_plain(model: nn.Module) -> Plan:
-    """Return a plan for the plain copy of a transformed model that has the sites of the model, by their names."""
-    return make_plan(FoldDecorrelation(in_place=False)(model), _settings(None, None, None))
-
-
-def _transformed(model: nn.Module) -> nn.Module:
-    inner = _unwrapped(model)
-    if next(sites_of(inner), None) is None:
-        raise NotTransformedError(f"{type(inner).__name__} is not transformed; call decorr_fx.transform on it first")
-    return inner
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile and DistributedDataParallel."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    while True:
-        if isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
+    return hooks.paused_sites(transformed(model))

@@ -30,7 +30,7 @@ class CheckpointError(DecorrError, ValueError):
 
 
 class DistributedError(DecorrError, RuntimeError):
-    """R is not the same on all ranks, or a weight that several ranks hold together cannot follow R, or be folded."""
+    """R is not the same on all ranks, or ranks hold a weight together in a way in which it cannot be decorrelated."""
 
 
 class PassError(DecorrError, RuntimeError):

@@ -63,7 +63,7 @@ def _run(model: nn.Module, batch: Any, number: int) -> None:
 
 
 def _check_rows(sites: Sequence[Site], number: int) -> None:
-    if not any(site.recorded_forwards() for site in sites):
+    if not any(site.rows_of_step() for site in sites):
         raise ModelError(f"batch {number} does not reach a layer whose R can move")
     for site in sites:
         if not site.rows[: int(site.seen)].isfinite().all():

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decorr_fx.errors import ModelError
+from decorr_fx.errors import DistributedError, ModelError
+from decorr_fx.runtime.site.shard import is_fully_sharded
 
 # what a deep copy shares
 ATOMS = (type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes, int, float, complex, bool, type(None))
@@ -19,7 +20,13 @@ def copy_model(model: nn.Module, shared: Iterable[object], detached: Iterable[Te
 
     Raises:
         ModelError: something that the model holds cannot be copied.
+        DistributedError: the model is sharded by `fully_shard`.
     """
+    if any(map(is_fully_sharded, model.modules())):
+        raise DistributedError(
+            f"{type(model).__name__} is sharded over several ranks by fully_shard and cannot be copied; transform a "
+            "model before it is sharded, and fold a sharded one where it is, with decorr_fx.fold_(model) on every rank"
+        )
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in detached}
     memo |= {id(thing): thing for thing in shared}
     try:

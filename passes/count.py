@@ -8,7 +8,7 @@ from decorr_fx.inputs import Example, random_numbers_kept
 from decorr_fx.ops.sample import rows_of
 from decorr_fx.passes.copies import computed_tensors, copy_model
 from decorr_fx.passes.plan import Plan
-from decorr_fx.runtime.watch import Call, Watch
+from decorr_fx.runtime.watch import Call, Watch, has_rows
 
 
 def count_rows(plan: Plan, example: Example) -> dict[str, int]:
@@ -19,13 +19,12 @@ def count_rows(plan: Plan, example: Example) -> dict[str, int]:
     """
     scratch = _with_own_buffers(plan)
     planned = [weight for site in plan.sites for weight in site.weights]
-    numbers = {(weight.piece, weight.path, weight.rows): weight.fqn for weight in planned}
     places = list(dict.fromkeys((weight.piece, weight.path) for weight in planned))
     counted: dict[str, int] = {}
 
     def count(index: int, rows: tuple[int, int] | None, call: Call) -> None:
-        fqn = numbers.get((*places[index], rows))
-        if fqn is not None:
+        fqns = (w.fqn for w in planned if (w.piece, w.path) == places[index] and has_rows(w.rows, rows))
+        if (fqn := next(fqns, None)) is not None:
             W = call.arguments["weight"]
             geometry = call.signature.geometry(call.arguments, W.shape)
             counted[fqn] = counted.get(fqn, 0) + rows_of(call.x, geometry, call.out_size)

@@ -123,5 +123,6 @@ def _unseen_products(traced: Traced, weights: list[FoundWeight]) -> Iterator[Ski
         read = dict(module.named_parameters(remove_duplicate=False))
         nodes = (node for graph in traced.of(fqn) for node in graph.nodes if node.op == "get_attr")
         seen = {id(read[str(node.target)]) for node in nodes if node.target in read}
-        if owned - known - seen and (fqn in traced.failed or may_multiply(module)):
+        multiplies = fqn in traced.failed or isinstance(module, nn.MultiheadAttention) or may_multiply(module)
+        if owned - known - seen and multiplies:
             yield SkippedRecord(fqn, type(module).__name__, f"its forward cannot be traced: {reason}")

@@ -90,7 +90,7 @@ CALLS: dict[Any, Signature] = {
     F.conv_transpose2d: Signature("conv_transpose2d", 2, _CONV_TRANSPOSE, inputs_first=True),
     F.conv_transpose3d: Signature("conv_transpose3d", 3, _CONV_TRANSPOSE, inputs_first=True),
     torch.addmm: Signature("linear", 0, ("bias", "input", "weight"), inputs_first=True, product=True),
-    **dict.fromkeys((torch.matmul, operator.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm), _X_TIMES_W),
+    **dict.fromkeys((torch.matmul, operator.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _X_TIMES_W),
 }
 
 

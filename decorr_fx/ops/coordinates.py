@@ -35,9 +35,9 @@ def gradients_to_z(gradients: Sequence[Tensor], R: R, layout: Layout, gains: Ten
 def moves_to_x(weights: Sequence[Tensor], olds: Sequence[Tensor], R: R, layout: Layout) -> None:
     """Let the moves of weights since `olds` go through R, in place: `theta <- old + (theta - old) R`.
 
-    A weight is written once, so that whoever reads it meanwhile sees it before or after. `olds` are used up.
+    A weight is written once, so that whoever reads it meanwhile sees it before or after.
     """
-    wide = _wide(weights[0].dtype)
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
     deltas = [weight.to(wide) - old.to(wide) for weight, old in zip(weights, olds, strict=True)]
     for weight, old, delta in zip(weights, olds, _products(deltas, R, layout), strict=True):
         weight.copy_(delta.add_(old))
@@ -45,7 +45,7 @@ def moves_to_x(weights: Sequence[Tensor], olds: Sequence[Tensor], R: R, layout: 
 
 def divided(theta: Tensor, R: R, layout: Layout) -> Tensor:
     """Return `W = theta R^-1`, as stacked rows: what stands still where a step of R changes the function."""
-    return R.divide(stack_weight(theta.to(_wide(theta.dtype)), layout))
+    return R.divide(stack_weight(theta.to(torch.promote_types(theta.dtype, torch.float32)), layout))
 
 
 def multiply_into(theta: Tensor, W: Tensor, R: R, layout: Layout) -> None:
@@ -55,8 +55,11 @@ def multiply_into(theta: Tensor, W: Tensor, R: R, layout: Layout) -> None:
 
 def _products(tensors: Sequence[Tensor], R: R, layout: Layout, gains: Tensor | None = None) -> list[Tensor]:
     """Return the products with R of tensors in the shape of weights; in place where their rows are a view of them."""
-    wide = _wide(tensors[0].dtype)
-    stacked = _stacked([tensor.to(wide) for tensor in tensors], layout)
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    if len(tensors) == 1:
+        stacked = stack_weight(tensors[0].to(wide), layout)
+    else:
+        stacked = torch.cat([stack_weight(tensor.to(wide), layout) for tensor in tensors])
     R.times_(stacked)
     if gains is not None:
         stacked.mul_(gains.reshape(-1, *[1] * (stacked.dim() - 1)))
@@ -65,15 +68,6 @@ def _products(tensors: Sequence[Tensor], R: R, layout: Layout, gains: Tensor | N
     return _unstacked(stacked, tensors, layout)
 
 
-def _stacked(tensors: Sequence[Tensor], layout: Layout) -> Tensor:
-    stacked = [stack_weight(tensor, layout) for tensor in tensors]
-    return stacked[0] if len(stacked) == 1 else torch.cat(stacked)
-
-
 def _unstacked(stacked: Tensor, like: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     parts = stacked.chunk(len(like))
     return [unstack_weight(part, tensor.shape, layout) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

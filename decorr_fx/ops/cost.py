@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import floor
 
 from decorr_fx.config import Power, Rule, SmallSteps
@@ -18,6 +19,7 @@ def own_flops(layouts: Sequence[Layout], rows: int) -> int:
     return 6 * rows * sum(layout.size for layout in layouts)
 
 
+@lru_cache(maxsize=1024)
 def used_rank(rank: int, rows: int, cost_budget: float) -> int:
     """Return how many directions R of low rank uses in steps of so many rows: at least one.
 

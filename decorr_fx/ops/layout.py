@@ -21,6 +21,7 @@ so that a grouped convolution, a block-diagonal R and a Kronecker pair are all t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 
 import torch
@@ -51,22 +52,22 @@ class Layout:
     paired: bool = False
     rank: int = 0
 
-    @property
+    @cached_property
     def d(self) -> int:
         """Features of a row, per group."""
         return self.channels * self.taps
 
-    @property
+    @cached_property
     def stacks(self) -> int:
         """Number of blocks of channels, over all groups."""
         return self.groups * self.blocks
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Numbers of the weight."""
         return self.groups * self.d_out * self.d
 
-    @property
+    @cached_property
     def factor_shapes(self) -> list[tuple[int, int, int]]:
         """Shapes of the factors of R, or of U."""
         if self.rank:
@@ -74,7 +75,7 @@ class Layout:
         first, *others = self.modes
         return [(self.stacks, first, first), *((self.groups, side, side) for side in others)]
 
-    @property
+    @cached_property
     def modes(self) -> tuple[int, ...]:
         """Sides of the factors of R."""
         width = self.channels // self.blocks
@@ -119,7 +120,7 @@ class Factored:
 
     def divide(self, rows: Tensor) -> Tensor:
         """Return `w R^-1`."""
-        return Factored([torch.linalg.inv_ex(factor)[0] for factor in self.factors]).times(rows)
+        return Factored([_inverse(factor) for factor in self.factors]).times(rows)
 
 
 def stack_weight(W: Tensor, layout: Layout) -> Tensor:
@@ -162,3 +163,12 @@ def identity_factors(layout: Layout, device: torch.device, dtype: torch.dtype) -
         return [torch.zeros(shape, device=device, dtype=dtype) for shape in layout.factor_shapes]
     eyes = [(stacks, torch.eye(side, device=device, dtype=dtype)) for stacks, side, _ in layout.factor_shapes]
     return [eye.repeat(stacks, 1, 1) for stacks, eye in eyes]
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """Return the inverses of matrices `[stacks, m, m]`, without a host sync.
+
+    On a CPU one after the other: LU of a batch of large matrices on several threads fails in some builds of torch.
+    """
+    parts = factor.chunk(len(factor)) if factor.device.type == "cpu" else [factor]
+    return torch.cat([torch.linalg.inv_ex(part)[0] for part in parts])

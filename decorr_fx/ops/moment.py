@@ -75,5 +75,8 @@ def losses(of_z: Sequence[Moment], sites: int) -> Tensor:
 
     Of z with these second moments: one for each factor, of its own mode.
     """
-    of_factors = [torch.stack([moment.correlation(), moment.variance_error()], 1) for moment in of_z]
-    return torch.stack([of_factor.reshape(sites, -1, 2).mean(1) for of_factor in of_factors]).mean(0)
+    of_factors = []
+    for one in of_z:
+        of_stacks = torch.stack([one.correlation(), one.variance_error()], 1)
+        of_factors.append(of_stacks.reshape(sites, -1, 2).mean(1))
+    return torch.stack(of_factors).mean(0)

@@ -9,4 +9,6 @@ from torch.amp import is_autocast_available
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context without autocast."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+    if is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -51,8 +51,9 @@ def rows_of(x: Tensor, geometry: ConvGeometry | None, out_size: Sequence[int]) -
 
 
 def sample_rows(
-    x: Tensor, count: int, fraction: float, steps: Tensor, geometry: ConvGeometry | None, out_size: Sequence[int]
-) -> Tensor:
+    x: Tensor, count: int, fraction: float, steps: Tensor, geometry: ConvGeometry | None, out_size: Sequence[int],
+    total: int | None = None,
+) -> Tensor:  # fmt: skip
     """Return some rows `[n, d]` that a call maps: at most `count`, and at most this fraction of all.
 
     Args:
@@ -64,8 +65,9 @@ def sample_rows(
         steps: scalar int64, the number of R's steps so far.
         geometry: of the convolution; None for a linear.
         out_size: the spatial size of its output.
+        total: the number of all rows, where it is known.
     """
-    total = rows_of(x, geometry, out_size)
+    total = rows_of(x, geometry, out_size) if total is None else total
     chosen = sample_indices(total, min(count, total if fraction == 1 else ceil(fraction * total)), steps)
     if geometry is None:
         return x.reshape(-1, x.shape[-1])[chosen]
@@ -98,7 +100,8 @@ def record_rows(
     """Write some rows of an input into the buffer; where it is full, the oldest ones are replaced.
 
     Where R does not move next, nothing is done. A forward that runs inside a backward is activation checkpointing
-    recomputing one that was recorded before, unless that ran without gradients and so recorded nothing.
+    recomputing one that was recorded before, unless that ran without gradients and so recorded nothing: forwards
+    inside of a backward are recorded as long as there is none outside.
 
     Args:
         x: the input, see `sample_rows`.
@@ -111,14 +114,16 @@ def record_rows(
         out_size: spatial size of the output.
     """
     due, forwards, _ = host.tolist()
-    if not due or (forwards and recomputing()):
+    repeated = recomputing()
+    if not due or (forwards and repeated):
         return
-    geometry = ConvGeometry.of_numbers(numbers)
-    picked = sample_rows(x, len(rows), fraction, steps, geometry, out_size)
+    geometry = ConvGeometry.of_numbers(numbers) if numbers else None
+    total = rows_of(x, geometry, out_size)
+    picked = sample_rows(x, len(rows), fraction, steps, geometry, out_size, total)
     slot = (seen + torch.arange(len(picked), device=seen.device)) % len(rows)
     rows[slot] = picked.to(rows.dtype)
     seen += len(picked)
-    host += torch.tensor((0, 1, rows_of(x, geometry, out_size)), device=host.device)
+    host += torch.tensor((0, int(not repeated), total), device=host.device)
 
 
 @torch.library.custom_op("decorr_fx::record_rows", mutates_args=("rows", "seen", "host"))

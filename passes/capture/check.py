@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from decorr_fx.errors import LayerError, ModelError
+from decorr_fx.runtime.site.shard import is_fsdp1
 from decorr_fx.runtime.site.state import Site
 
 
@@ -25,6 +26,11 @@ def check_model(model: object) -> nn.Module:
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             raise ModelError(
                 f"{fqn or 'the model'!r} is wrapped in {type(module).__name__}; transform first, then wrap"
+            )
+        if is_fsdp1(module):
+            raise ModelError(
+                f"{fqn or 'the model'!r} is wrapped in FullyShardedDataParallel (FSDP1), which holds weights in flat "
+                "parameters; transform the plain model, then shard it by torch.distributed.fsdp.fully_shard (FSDP2)"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{fqn or 'the model'!r} is a ScriptModule; transform the module it was scripted from")

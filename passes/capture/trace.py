@@ -64,7 +64,7 @@ def trace_model(model: nn.Module) -> Traced:
             if adapter is not None:  # the adapter is the forward of the copy from here on
                 module.__class__ = type(type(module).__name__, (type(module),), {"forward": adapter})
                 traced.adapters[fqn] = adapter
-            traced.graphs[fqn] = trace_forward(module)
+            traced.graphs[fqn] = trace_forward(module, adapted=adapter is not None)
     return traced
 
 

@@ -9,13 +9,14 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import TraceError
+from torch.fx.proxy import Attribute, TraceError
 
 MOST_STEPS = 20_000  # of one graph: a loop that waits for a value would go on for ever
 
@@ -46,6 +47,13 @@ class LayerProxy(fx.Proxy):
 
     __floor__ = __ceil__
 
+    def __getattr__(self, name: str) -> "LayerAttribute":
+        return LayerAttribute(self, name)
+
+
+class LayerAttribute(LayerProxy, Attribute):
+    """Stands for an attribute of a value, such as its shape."""
+
 
 class LayerTracer(fx.Tracer):
     """Traces one module's own forward: children are leaves, parameters and buffers are nodes.
@@ -55,9 +63,10 @@ class LayerTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, answer: bool) -> None:
+    def __init__(self, answer: bool, opens: bool) -> None:
         super().__init__()
         self.answer = answer
+        self.opens = opens  # look into functions under `torch.fx.wrap`, too
         self.asked = False
         self._steps = 0
 
@@ -74,6 +83,15 @@ class LayerTracer(fx.Tracer):
         """Add a node."""
         self._count()
         return super().create_node(*args, **kwargs)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **more: Any) -> Any:
+        """Return what stands for the value of a call; a function that a library keeps out of graphs is looked into."""
+        if self.opens and kind == "call_function" and _is_of_a_library(target):
+            with suppress(Exception):  # its code runs on proxies: anything may come
+                found = target(*args, **kwargs)
+                if isinstance(found, fx.Proxy):  # fx marks its node
+                    return found
+        return super().create_proxy(kind, target, args, kwargs, *others, **more)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what stands for the value of a node."""
@@ -94,31 +112,44 @@ class LayerTracer(fx.Tracer):
             parts: Any = obj
             return iter((parts[0], parts[1]))
 
+    def keys(self, obj: fx.Proxy) -> Any:
+        """Pass no keywords on: which there are is not known."""
+        return iter(())
+
     def _count(self) -> None:
         self._steps += 1
         if self._steps > MOST_STEPS:
             raise TraceError("tracing it takes too long")
 
 
-def trace_forward(module: nn.Module) -> Graphs:
-    """Return the graphs of the ways that the module's forward may take, each as far as it can be traced."""
+def _is_of_a_library(function: Any) -> bool:
+    """Tell whether a function is neither torch's nor Python's own."""
+    known = ("torch.", "_operator", "builtins", "math")
+    return isinstance(function, FunctionType) and not f"{function.__module__}.".startswith(known)
+
+
+def trace_forward(module: nn.Module, adapted: bool = False) -> Graphs:
+    """Return the graphs of the ways that the module's forward may take, each as far as it can be traced.
+
+    An adapter says by `torch.fx.wrap` what is not to be looked into.
+    """
     parameters = inspect.signature(module.forward).parameters.values()
     optional = [p.name for p in parameters if p.default is None]
     fixed = [None, dict.fromkeys(optional)] if optional else [None]
     traced: list[tuple[LayerTracer, str]] = []
     for concrete in fixed:
-        traced.append(_trace(module, concrete, True))
+        traced.append(_trace(module, concrete, True, not adapted))
         if traced[-1][0].asked:
-            traced.append(_trace(module, concrete, False))
+            traced.append(_trace(module, concrete, False, not adapted))
     reason = next((reason for _, reason in traced if reason), "")
     return Graphs(tuple(tracer.graph for tracer, _ in traced), reason)
 
 
-def _trace(module: nn.Module, concrete: dict[str, None] | None, answer: bool) -> tuple[LayerTracer, str]:
-    tracer = LayerTracer(answer)
+def _trace(module: nn.Module, concrete: dict[str, None] | None, answer: bool, opens: bool) -> tuple[LayerTracer, str]:
+    tracer = LayerTracer(answer, opens)
     tracer.graph = fx.Graph()
     try:
-        with random_numbers_kept():
+        with random_numbers_kept(), attributes_kept(module):
             tracer.trace(module, concrete)
     except Exception as error:  # tracing runs the user's code on proxies: anything may come
         return tracer, f"{type(error).__name__}: {error}".splitlines()[0]
@@ -138,3 +169,18 @@ def random_numbers_kept() -> Iterator[None]:
         torch.set_rng_state(of_torch)
         if numpy:
             numpy.random.set_state(of_numpy)
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Set the attributes and buffers of a module and its children back: a traced forward leaves proxies in them."""
+    before = [(vars(one), dict(vars(one)), one._buffers, dict(one._buffers)) for one in module.modules()]
+    try:
+        yield
+    finally:
+        for attributes, old_attributes, buffers, old_buffers in before:
+            constants = {name: value for name, value in attributes.items() if name.startswith("_tensor_constant")}
+            attributes.clear()
+            attributes.update(constants | old_attributes)  # nodes of the graph name constants
+            buffers.clear()
+            buffers.update(old_buffers)

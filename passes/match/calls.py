@@ -75,12 +75,25 @@ def is_other_product(node: fx.Node, module: nn.Module) -> bool:
     return any(_is_weight(argument, module) for argument in node.all_input_nodes)
 
 
-def _is_weight(node: fx.Node, module: nn.Module) -> bool:
-    """Tell whether the node's value is computed from parameters alone, one of them a matrix at least."""
+def is_unwatched(node: fx.Node) -> bool:
+    """Tell whether no `Watch` sees rows in the product that a node makes, since they are not written in the call."""
+    return name_of_call(node) in OTHER_PRODUCTS
+
+
+def parameters_of(node: fx.Node, module: nn.Module) -> list[fx.Node]:
+    """Return what reads the parameters, or calls the modules, from which alone the node's value is computed, if so.
+
+    One of them is a matrix at least.
+    """
     reads = [n for n in ancestors_of(node) if n.op not in ("call_function", "call_method")]
-    found = [t for n in reads if n.op != "placeholder" for t in _tensors_of(module, str(n.target))]
-    matrices = [t for t in found if isinstance(t, nn.Parameter) and t.dim() > 1]
-    return bool(matrices) and all(n.op != "placeholder" for n in reads)
+    if any(n.op == "placeholder" for n in reads):
+        return []
+    found = [t for n in reads for t in _tensors_of(module, str(n.target))]
+    return reads if any(isinstance(t, nn.Parameter) and t.dim() > 1 for t in found) else []
+
+
+def _is_weight(node: fx.Node, module: nn.Module) -> bool:
+    return bool(parameters_of(node, module))
 
 
 def _tensors_of(module: nn.Module, path: str) -> list[Any]:

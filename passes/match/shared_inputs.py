@@ -1,12 +1,12 @@
 """Sharing: which weights read the same value, as q, k and v do, so that one R serves them all.
 
 A value is followed from a call to the graph that it comes from: an input of a module is what its caller passes. All
-graphs of a caller that show two calls have to agree. A wrong answer costs learning speed,
-and never exactness: folding is exact with any R.
+graphs of a caller that show two calls have to agree. A wrong answer costs learning speed, and nothing else.
 """
 
 import inspect
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import fx, nn
 from decorr_fx.passes.capture.trace import Traced
 from decorr_fx.passes.match.weights import FoundWeight
 
-GraphKey = tuple[str, int]  # the piece, and the number of its graph or glimpse
+GraphKey = tuple[str, int]  # the piece, and the number of its graph
+Value = tuple[GraphKey, fx.Node]
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,72 @@ class Flow:
                         flow.callers[id(child)].setdefault((piece, number), []).append(node)
         return flow
 
-    def origins(self, graph: GraphKey, node: fx.Node) -> dict[GraphKey, fx.Node]:
-        """Return where the value of a node comes from, in each of the graphs that show it."""
+    def value(self, graph: GraphKey, node: fx.Node) -> Value:
+        """Return a value that a node passes on as what it was before."""
         module = self.traced.scratch.get_submodule(graph[0])
-        if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Identity):
-            passed = next(iter(node.args), None)
-            return self.origins(graph, passed) if isinstance(passed, fx.Node) else {graph: node}
+        identity = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Identity)
+        passed = next(iter(node.args), None) if identity else None
+        return self.value(graph, passed) if isinstance(passed, fx.Node) else (graph, node)
+
+    def passed(self, value: Value) -> list[Value]:
+        """Return what the callers of a module pass as an input, if it is one and all of them pass a value."""
+        (piece, _), node = value
+        module = self.traced.scratch.get_submodule(piece)
         callers = self.callers[id(module)]
-        pieces = {piece for piece, _ in callers}
-        if node.op != "placeholder" or len(pieces) != 1 or any(len(calls) > 1 for calls in callers.values()):
-            return {graph: node}
-        found: dict[GraphKey, fx.Node] = {}
-        for caller, (call,) in callers.items():
-            passed = _argument(call, module, str(node.target))
-            if not isinstance(passed, fx.Node):
-                return {graph: node}
-            found |= self.origins(caller, passed)
-        return found
+        one_place = len({caller for caller, _ in callers}) == 1 and all(len(calls) == 1 for calls in callers.values())
+        if node.op != "placeholder" or not one_place:
+            return []
+        found = [(caller, _argument(call, module, str(node.target))) for caller, (call,) in callers.items()]
+        known = [self.value(caller, passed) for caller, passed in found if isinstance(passed, fx.Node)]
+        return known if len(known) == len(found) else []
+
+    def may_run(self, graph: GraphKey) -> bool:
+        """Tell whether a forward may take the way of a graph: not with an optional input that no caller passes."""
+        module = self.traced.scratch.get_submodule(graph[0])
+        inputs = [str(node.target) for node in self.traced.of(graph[0])[graph[1]].nodes if node.op == "placeholder"]
+        return all(self._is_passed(module, name) for name in inputs if name in _optional(module))
+
+    def _is_passed(self, module: nn.Module, name: str) -> bool:
+        callers = self.callers[id(module)]
+        for (piece, _), calls in callers.items():
+            caller = self.traced.scratch.get_submodule(piece)
+            for passed in (_argument(call, module, name) for call in calls):
+                handed_on = isinstance(passed, fx.Node) and passed.op == "placeholder"
+                if handed_on and str(passed.target) in _optional(caller) and not self._is_passed(caller, passed.target):
+                    continue
+                if passed is not None:
+                    return True
+        return not callers  # of the whole model nothing is known
+
+    def levels(self, values: Iterable[Value]) -> Iterator[set[Value]]:
+        """Yield what a call reads in the graphs of its module, then in those of the callers, as far as it is passed."""
+        level = {self.value(*value) for value in values}
+        while level:
+            yield level
+            above = [self.passed(value) for value in level]
+            level = {value for found in above for value in found} if all(above) else set()
+
+    def same(self, one: Iterable[Value], other: Iterable[Value]) -> bool:
+        """Tell whether two calls read one value: in every graph, of the first module around both, that shows them."""
+        by_piece = {graph[0]: level for level in self.levels(one) for graph, _ in level}
+        for level in self.levels(other):
+            for_one = next((by_piece[graph[0]] for graph, _ in level if graph[0] in by_piece), None)
+            if for_one is not None:
+                pairs = [(a, b) for a in for_one for b in level if a[0] == b[0] and self.may_run(a[0])]
+                return bool(pairs) and all(self._equal(a, b) for a, b in pairs)
+        return False
+
+    def _equal(self, one: Value, other: Value) -> bool:
+        """Tell whether two values of one graph are the same, by what all callers pass if not by themselves."""
+        if one == other:
+            return True
+        above = {graph: (graph, node) for graph, node in self.passed(other)}
+        found = self.passed(one)
+        return bool(found) and all(value[0] in above and self._equal(value, above[value[0]]) for value in found)
+
+
+def _optional(module: nn.Module) -> set[str]:
+    return {p.name for p in inspect.signature(module.forward).parameters.values() if p.default is None}
 
 
 def _argument(call: fx.Node, module: nn.Module, name: str) -> Any:
@@ -67,37 +117,32 @@ def _argument(call: fx.Node, module: nn.Module, name: str) -> Any:
 def group_by_input(weights: list[FoundWeight], flow: Flow) -> list[list[FoundWeight]]:
     """Return the weights in groups of the same input, in order; a weight whose input is its own is a group of one."""
     groups: list[list[FoundWeight]] = []
-    leaders: dict[tuple[Any, ...], list[tuple[list[FoundWeight], dict[GraphKey, fx.Node]]]] = defaultdict(list)
+    leaders: dict[Value, list[tuple[list[FoundWeight], list[Value]]]] = defaultdict(list)
     for weight in weights:
-        origin = _origin(flow, weight)
-        alike = [leaders[value] for value in origin.items()]
-        groups_alike = (group for found in alike for group, other in found if _agree(origin, other))
-        joined = next((group for group in groups_alike if _fit(group[0], weight)), None)
+        read = _read(weight)
+        seen_in = list(dict.fromkeys(value for level in flow.levels(read) for value in level))
+        alike = (found for value in seen_in for found in leaders[value])
+        joined = next((g for g, other in alike if _fit(g[0], weight) and flow.same(read, other)), None)
         if joined is not None:
             joined.append(weight)
             continue
         groups.append(own := [weight])
-        for found in alike:
-            found.append((own, origin))
+        for value in seen_in:
+            leaders[value].append((own, read))
     return groups
 
 
-def _origin(flow: Flow, weight: FoundWeight) -> dict[GraphKey, fx.Node]:
-    """Return where the weight's input comes from in each graph that shows it, if one call uses it, else nothing."""
+def _read(weight: FoundWeight) -> list[Value]:
+    """Return what the call of the weight reads in each graph that shows it; nothing where several calls use it."""
     found: dict[GraphKey, fx.Node] = {}
-    seen: set[GraphKey] = set()
     for use in weight.uses:
-        if (use.piece, use.graph) in seen or use.piece != weight.uses[0].piece:
-            return {}  # called twice
-        seen.add((use.piece, use.graph))
+        if (use.piece, use.graph) in found or use.piece != weight.uses[0].piece:
+            return []  # called twice
         passed = use.call.arguments["input"]
-        if isinstance(passed, fx.Node):
-            found |= flow.origins((use.piece, use.graph), passed)
-    return found
-
-
-def _agree(one: dict[GraphKey, fx.Node], other: dict[GraphKey, fx.Node]) -> bool:
-    return all(other[graph] is node for graph, node in one.items() if graph in other)
+        if not isinstance(passed, fx.Node):
+            return []
+        found[use.piece, use.graph] = passed
+    return list(found.items())
 
 
 def _fit(one: FoundWeight, other: FoundWeight) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from decorr_fx.inputs import random_numbers_kept
 from decorr_fx.ops.layout import Layout, stack_weight, unstack_weight
 
 LayoutOf = Callable[[torch.Size], Layout]
@@ -95,12 +96,18 @@ def _find_computed_source(weight: fx.Node, module: nn.Module, layout_of: LayoutO
 
 def _computed(compute: nn.Module) -> Tensor:
     try:
-        value = compute()
+        value = _run(compute, {})
     except Exception as error:  # whatever the code makes of what a glimpse has seen of it
         raise Unmatched(f"its weight cannot be computed: {type(error).__name__}: {error}".splitlines()[0]) from None
     if not isinstance(value, Tensor):
         raise Unmatched("its weight is no tensor")
     return value
+
+
+def _run(compute: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
+    """Compute the weight with other parameters; what is random, as dropout of a weight, is the same each time."""
+    with random_numbers_kept(compute):
+        return functional_call(compute, dict(parameters), ())
 
 
 def _rows_of(compute: nn.Module, parameters: Mapping[str, Tensor], value: Tensor) -> tuple[str, tuple[int, int]] | None:
@@ -116,7 +123,7 @@ def _rows_of(compute: nn.Module, parameters: Mapping[str, Tensor], value: Tensor
         numbers = torch.arange(len(parameter), device=device, dtype=torch.float64)
         numbers = numbers.reshape(-1, *[1] * (parameter.dim() - 1)).expand(parameter.shape)
         try:
-            got = functional_call(compute, {path: numbers}, ())
+            got = _run(compute, {path: numbers})
         except RuntimeError:  # something else is computed with it, of another type or device: these are no plain rows
             continue
         start = int(got.flatten()[0])
@@ -170,7 +177,10 @@ def _weight_module(weight: fx.Node, ancestors: list[fx.Node], module: nn.Module)
     for node in ancestors:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(copies[weight])
-    return fx.GraphModule(module, graph).eval()
+    compute = fx.GraphModule(module, graph)
+    for part in compute.modules():
+        part.training = False  # past a `train()` that a user wrote
+    return compute
 
 
 def _keeps_features(compute: nn.Module, path: str, value: Tensor, layout: Layout, stored: Layout) -> bool:
@@ -180,7 +190,7 @@ def _keeps_features(compute: nn.Module, path: str, value: Tensor, layout: Layout
         return True
     scales = torch.linspace(0.9, 1.1, layout.d, device=value.device, dtype=value.dtype)
     scaled_parameter = unstack_weight(stack_weight(parameter, stored) * scales, parameter.shape, stored)
-    scaled = stack_weight(functional_call(compute, {path: scaled_parameter}, ()), layout)
+    scaled = stack_weight(_run(compute, {path: scaled_parameter}), layout)
     rows = stack_weight(value, layout)
     moved, unmoved = (_distance_to_rows(scaled, base) for base in (rows * scales, rows))
     return bool(moved <= 0.5 * unmoved + 1e-5 * scaled.norm())

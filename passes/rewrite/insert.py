@@ -14,7 +14,6 @@ from decorr_fx.passes.rewrite.layer import as_watched_layer
 from decorr_fx.runtime.private import add_recording_hook, has_recording_hook
 from decorr_fx.runtime.site.attachment import attach
 from decorr_fx.runtime.site.ranks import Ranks
-from decorr_fx.runtime.site.registry import LOCK
 from decorr_fx.runtime.site.state import Site, sites_of
 from decorr_fx.runtime.site.weight import SiteWeight
 from decorr_fx.runtime.watch import HOOKED, Read, record_input
@@ -40,17 +39,17 @@ class InsertDecorrelation(Pass[nn.Module]):
         result = model if self.in_place else copy_sharing_tensors(model)
         reads: dict[str, list[Read]] = {}
         warned: set[str] = set()
-        with LOCK:
-            for planned in self.plan.sites:
-                site = _make_site(result, planned, self.ranks, warned)
-                self._connect(result, site, planned.weights[0], reads)
-            for piece, of_piece in reads.items():
-                as_watched_layer(result.get_submodule(piece), tuple(of_piece), self.plan.traced.adapters.get(piece))
-            attach(result, self.plan.skipped)
+        for planned in self.plan.sites:
+            site = _make_site(result, planned, self.ranks, warned)
+            self._connect(result, site, planned.weights[0], reads)
+        for piece, of_piece in reads.items():
+            as_watched_layer(result.get_submodule(piece), tuple(of_piece), self.plan.traced.adapters.get(piece))
+        attach(result, self.plan.skipped)
         return result
 
     def _connect(self, model: nn.Module, site: Site, weight: FoundWeight, reads: dict[str, list[Read]]) -> None:
         """Let every module that calls the first weight of a site find it: the first of them has it as a child."""
+        pieces = [piece for piece, _ in weight.places]
         for number, (piece, path) in enumerate(weight.places):
             module, hooked = model.get_submodule(piece), self.plan.is_hooked(weight, piece)
             name = HOOKED if hooked else _site_name(path, weight.rows)
@@ -58,6 +57,8 @@ class InsertDecorrelation(Pass[nn.Module]):
                 vars(module)[name] = site  # no child: the keys of a site are in a checkpoint once
             else:
                 module.add_module(name, site.train(module.training))
+            if any(_is_inside(piece, other) for other in pieces):
+                continue  # that one sees the calls of this one, too
             if not hooked:
                 reads.setdefault(piece, []).append(Read(path, weight.rows, name))
             elif not has_recording_hook(module, record_input):
@@ -70,6 +71,11 @@ class InsertDecorrelation(Pass[nn.Module]):
             raise self.broken(min(missing), "the key of the plain model is gone")
         if len(list(sites_of(result))) != len(self.plan.sites):
             raise self.broken("the model", "a planned site is missing")
+
+
+def _is_inside(piece: str, other: str) -> bool:
+    """Tell whether a module is one of those in another."""
+    return piece != other and (not other or piece.startswith(f"{other}."))
 
 
 def _site_name(path: str, rows: tuple[int, int] | None) -> str:

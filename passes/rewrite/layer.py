@@ -16,6 +16,7 @@ from torch import nn
 
 from decorr_fx.passes.capture.adapters import Adapter
 from decorr_fx.runtime.private import remove_recording_hook
+from decorr_fx.runtime.site.registry import forget
 from decorr_fx.runtime.site.state import Site
 from decorr_fx.runtime.watch import Read, record_input, run_watched
 
@@ -41,7 +42,8 @@ def as_watched_layer(module: nn.Module, reads: tuple[Read, ...], adapter: Adapte
 
 def as_plain_layer(module: nn.Module) -> None:
     """Give a layer its own class back, and take hook and sites from it."""
-    for name in [name for name, child in module.named_children() if isinstance(child, Site)]:
+    for name, site in [(name, child) for name, child in module.named_children() if isinstance(child, Site)]:
+        forget(site)
         delattr(module, name)
     for name in [name for name, value in vars(module).items() if isinstance(value, Site)]:  # another module's
         del vars(module)[name]

@@ -13,16 +13,6 @@ Order = Callable[[Units], Tensor]
 BLOCK, CANDIDATES = 64, 4  # units that go before all others are looked at again, and of how many as many are chosen
 
 
-def _variance(units: Units) -> Tensor:
-    """The second moment of each unit."""
-    return _sum(C.diagonal() for C in units.moments)
-
-
-def _leave_one_out(units: Units) -> Tensor:
-    """What the others together do not tell of each unit, `1 / [C^-1]_ii`."""
-    return _sum(1 / torch.linalg.inv(definite(C)).diagonal() for C in units.moments)
-
-
 def _zca(units: Units) -> Tensor:
     """`1 / [C^-1/2]_ii^2`: the least that a whitening near the identity needs of each unit."""
     return _sum(_inverse_root(definite(C)).diagonal() ** -2 for C in units.moments)
@@ -96,20 +86,8 @@ def _inverse_root(C: Tensor) -> Tensor:
     return root
 
 
-def _random(units: Units) -> Tensor:
-    """Any order, by the random numbers of torch."""
-    return torch.rand(len(units.norms))
-
-
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).sum(0)
 
 
-ORDERS: Mapping[str, Order] = {
-    "backward": _backward,
-    "zca": _zca,
-    "loo": _leave_one_out,
-    "l1": _l1,
-    "variance": _variance,
-    "random": _random,
-}
+ORDERS: Mapping[str, Order] = {"backward": _backward, "zca": _zca, "l1": _l1}

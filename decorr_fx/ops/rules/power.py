@@ -26,6 +26,7 @@ from decorr_fx.config import Power
 from decorr_fx.ops.low_rank import LowRank
 from decorr_fx.ops.moment import Moment
 
+NotConverged = torch.linalg.LinAlgError  # type: ignore[attr-defined] # it is documented, but not exported
 SMALLEST = 1e-6  # eigenvalue over delta below which R is the identity to float32's last digits
 
 
@@ -73,13 +74,12 @@ def apply_step(moments: Moments, rule: Power, used: int) -> State:
     lengths = _lengths(sketch, rule.damping * trace / sketch.shape[2], rule.power)
     U = lengths[..., None] * sketch
     scale = torch.where(lengths > 0, 1 / lengths, 0)  # 0 where p is: nothing is remembered of what never shrinks
-    return State(U, scale, trace, gradient_gain(sketch, U, trace, rule.gradient_gain, used))
+    gain = gradient_gain(sketch, U, trace, rule.gradient_gain, used) if rule.gradient_gain else torch.ones_like(trace)
+    return State(U, scale, trace, gain)
 
 
 def gradient_gain(sketch: Tensor, U: Tensor, trace: Tensor, exponent: float, used: int) -> Tensor:
     """Return `s = (tr Sigma / tr(R Sigma R))^exponent`, `[stacks]`."""
-    if not exponent:
-        return torch.ones_like(trace)
     eigenvalues, shrunk = sketch[:, -used:].square().sum(2), 1 - U[:, -used:].square().sum(2)
     after = trace - (eigenvalues * (1 - shrunk.square())).sum(1)
     return torch.where(after > 0, trace / after, 1) ** exponent
@@ -94,10 +94,23 @@ def largest_directions(rows: Tensor, rank: int) -> Tensor:
     dense = rows.shape[1] >= rows.shape[2]
     gram = rows.mT @ rows if dense else rows @ rows.mT
     finite = gram.isfinite().flatten(1).all(1)[:, None, None]
-    values, vectors = torch.linalg.eigh(gram.where(finite, 0))  # which raises for what is not finite
+    values, vectors = _eigh(gram.where(finite, 0))
     largest: Tensor = vectors[:, :, -rank:].mT.where(finite, torch.nan)
     lengths: Tensor = values[:, -rank:, None].clamp(min=0).sqrt()  # below 0 by rounding
     return lengths * largest if dense else largest @ rows
+
+
+def _eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors of finite matrices; NaN where they are not found, which costs a step of R.
+
+    They are those of M with a trace of the identity, below rounding. Without it LAPACK finds no or no finite
+    eigenvectors in float32, every tenth time, where some rows of many are zero.
+    """
+    trace = torch.finfo(M.dtype).eps * M.diagonal(dim1=1, dim2=2).mean(1)
+    try:
+        return torch.linalg.eigh(M + torch.diag_embed(trace[:, None].expand(M.shape[:2])))  # type: ignore[no-any-return]
+    except NotConverged:
+        return torch.full_like(M[..., 0], torch.nan), torch.full_like(M, torch.nan)
 
 
 def _lengths(sketch: Tensor, delta: Tensor, power: float) -> Tensor:

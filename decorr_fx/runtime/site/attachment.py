@@ -1,6 +1,6 @@
 """What the root of a transformed model carries besides its sites: the skipped layers, and a check on what is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from decorr_fx.errors import CheckpointError
+from decorr_fx.runtime.private import is_placeholder
 from decorr_fx.runtime.site.spec import SkippedRecord
 from decorr_fx.runtime.site.state import Site
 
@@ -46,8 +47,10 @@ def skipped_of(model: nn.Module) -> tuple[SkippedRecord, ...]:
     return attachment.skipped if attachment is not None else ()
 
 
-def check_checkpoint(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def check_checkpoint(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a checkpoint whose R does not fit, before anything is loaded: a pre-hook of `load_state_dict`.
+
+    Where `set_model_state_dict` has put the model's own values in the place of an R that is missing, they are left out.
 
     Raises:
         CheckpointError: a part of R has another shape than the model's, or is not finite.
@@ -55,8 +58,11 @@ def check_checkpoint(module: nn.Module, state_dict: Mapping[str, Any], prefix: s
     for name, site in module.named_modules(remove_duplicate=False):
         if not isinstance(site, Site):
             continue
+        missing = is_placeholder(state_dict.get(f"{prefix}{name}._extra_state"))
         for key, own in site.state_dict(prefix=f"{prefix}{name}.").items():
-            if key in state_dict:
+            if missing:
+                state_dict.pop(key, None)
+            elif key in state_dict:
                 _check_entry(site.spec.fqn, key, own, state_dict[key])
 
 

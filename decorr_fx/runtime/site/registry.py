@@ -1,16 +1,17 @@
 """The sites of the process, by the parameters that R belongs to; and what runs only while there are some."""
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 from weakref import WeakSet, finalize, ref
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from decorr_fx.runtime.private import WeakTensorKeyDictionary
+from decorr_fx.runtime.site.shard import is_sharded
 
-if TYPE_CHECKING:
-    from decorr_fx.runtime.site.state import Site
+Site: TypeAlias = Any  # that of runtime.site.state, which registers itself here
 
 LOCK = RLock()  # of the registry, and of whoever changes the classes or hooks of modules
 
@@ -22,6 +23,7 @@ class _Registry:
         self.changes = 0
         self.live = 0
         self.sites: MutableMapping[Tensor, list[ref[Site]]] = WeakTensorKeyDictionary()
+        self.all: WeakSet[Site] = WeakSet()
         self.unlisted: WeakSet[Site] = WeakSet()  # their parameters are looked up when an optimizer asks for them
         self.while_live: list[tuple[Callable[[], None], Callable[[], None]]] = []
 
@@ -34,9 +36,10 @@ def while_sites_live(start: Callable[[], None], stop: Callable[[], None]) -> Non
     _REGISTRY.while_live.append((start, stop))
 
 
-def register(site: "Site") -> None:
+def register(site: Site) -> None:
     """Take in a new site: of `transform`, a copy or a pickle. `mark` it or list its parameters afterwards."""
     with LOCK:
+        _REGISTRY.all.add(site)
         _REGISTRY.live += 1
         if _REGISTRY.live == 1:
             for start, _ in _REGISTRY.while_live:
@@ -44,10 +47,20 @@ def register(site: "Site") -> None:
         finalize(site, _gone).atexit = False
 
 
-def mark(site: "Site") -> None:
+def mark(site: Site) -> None:
     """Note that the parameters of the site may be others than before; a copy's are not there yet when it is made."""
     with LOCK:
         _REGISTRY.unlisted.add(site)
+        _REGISTRY.changes += 1
+
+
+def forget(site: Site) -> None:
+    """Let the site belong to no parameter any more: it was taken out of its model, but may be held by something."""
+    with LOCK:
+        _REGISTRY.all.discard(site)
+        _REGISTRY.unlisted.discard(site)
+        for known in _REGISTRY.sites.values():
+            known[:] = [other for other in known if other() is not site]
         _REGISTRY.changes += 1
 
 
@@ -64,7 +77,7 @@ def changes() -> int:
     return _REGISTRY.changes
 
 
-def sites_of_parameter(parameter: Tensor) -> Iterator["Site"]:
+def sites_of_parameter(parameter: Tensor) -> Iterator[Site]:
     """Yield the sites of which the parameter is a weight."""
     while _REGISTRY.unlisted:
         list_parameters(_REGISTRY.unlisted.pop())
@@ -74,11 +87,18 @@ def sites_of_parameter(parameter: Tensor) -> Iterator["Site"]:
             yield site
 
 
-def list_parameters(site: "Site") -> None:
+def list_parameters(site: Site) -> None:
     """Note the parameters that the weights of the site are now."""
     with LOCK:
-        _REGISTRY.changes += 1
         for parameter in [found for weight in site.weights if (found := weight.find()) is not None]:
             known = _REGISTRY.sites.setdefault(parameter, [])
             if all(other() is not site for other in known):
                 known.append(ref(site))
+                _REGISTRY.changes += 1
+
+
+def list_sharded(parameters: Sequence[Tensor]) -> None:
+    """Have all sites looked up anew where parameters are sharded and unknown: `fully_shard` replaces them unnoticed."""
+    if any(type(p) is not Parameter and is_sharded(p) and p not in _REGISTRY.sites for p in parameters):
+        with LOCK:
+            _REGISTRY.unlisted.update(_REGISTRY.all)

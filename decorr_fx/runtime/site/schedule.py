@@ -13,12 +13,13 @@ class Schedule:
         attempts: steps of an optimizer so far.
         due: whether R moves at the next one.
         unowned: backward passes since the last one.
+        recording: whether rows have been recorded for the next one.
     """
 
-    __slots__ = ("attempts", "due", "unowned", "update_every")
+    __slots__ = ("attempts", "due", "recording", "unowned", "update_every")
 
     def __init__(self, update_every: int) -> None:
-        self.update_every = update_every
+        self.update_every, self.recording = update_every, True
         self.restart(0)
 
     def restart(self, attempts: int) -> None:
@@ -28,7 +29,8 @@ class Schedule:
     def count(self) -> bool:
         """Count a step; tell whether R moved at it, or may move at the next one."""
         was_due = self.due
-        self.restart(self.attempts + 1)
+        self.attempts, self.unowned = self.attempts + 1, 0
+        self.due = moves_at(self.attempts, self.update_every)
         return was_due or self.due
 
 

@@ -1,9 +1,10 @@
 """Weights that are cut over ranks, as `fully_shard` leaves them between forwards: what this rank holds of them.
 
-A weight that follows R changes each of its rows by itself: a rank moves those that it holds, and needs no others. So
-nothing is sent for it, and its work is divided among the ranks.
+The products around a step of the optimizer change each row of a weight by itself: a rank makes those of the rows that
+it holds, and needs no others. So nothing is sent for them, and their work is divided among the ranks.
 """
 
+import sys
 from math import ceil
 from typing import Any
 
@@ -13,21 +14,36 @@ from torch import Tensor, nn
 
 def is_sharded(tensor: object) -> bool:
     """Tell whether a tensor is a part of one that several ranks hold together."""
-    if type(tensor) is nn.Parameter or not dist.is_available():  # a sharded one is of another type
+    if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor  # there is no such module in a torch without torch.distributed
 
     return isinstance(tensor, DTensor)
 
 
-def reshard(model: nn.Module) -> None:
-    """Let each rank hold no more than its part of every weight, where a forward has left them gathered."""
-    if dist.is_available():
-        from torch.distributed.fsdp import FSDPModule
+def is_fsdp1(module: nn.Module) -> bool:
+    """Tell whether a module is a `FullyShardedDataParallel`."""
+    return _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
 
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Tell whether `fully_shard` has been applied to a module itself."""
+    return _is_a(module, "torch.distributed.fsdp", "FSDPModule")
+
+
+def is_zero(optimizer: object) -> bool:
+    """Tell whether an optimizer is a `ZeroRedundancyOptimizer`, whose parameters are stepped by one rank each."""
+    return _is_a(optimizer, "torch.distributed.optim", "ZeroRedundancyOptimizer")
+
+
+def _is_a(thing: object, module: str, name: str) -> bool:
+    """Tell whether a thing is of a class, without importing its module, which takes a while."""
+    return isinstance(thing, getattr(sys.modules.get(module), name, ()))
+
+
+def held_here(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: what is written by `fully_shard`, and has a version that tells of it."""
+    return tensor.to_local() if type(tensor) is not Tensor and is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def rows_here(parameter: Any, rows: tuple[int, int] | None) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What a site is, decided once when a model is transformed."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from decorr_fx.config import Crgd, Power, Rule
 from decorr_fx.ops.layout import Layout
@@ -39,12 +40,17 @@ class SiteSpec:
         """Name of the site: that of its first layer."""
         return self.weights[0].fqn
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """How rows of the input are read."""
         return self.weights[0].layout
 
-    @property
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """How each of the weights is read."""
+        return tuple(weight.layout for weight in self.weights)
+
+    @cached_property
     def slots(self) -> int:
         """Samples of the input that are kept for a step of R."""
         return self.layout.slots(self.rule.max_samples)
@@ -54,7 +60,7 @@ class SiteSpec:
         """Whether the rule sees rows with their running mean subtracted."""
         return isinstance(self.rule, Crgd)
 
-    @property
+    @cached_property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of R and of what is remembered of the rows: the keys under which they are saved."""
         layout = self.layout

@@ -1,8 +1,9 @@
 """A site: one R, the weights that it belongs to, what is remembered of their input, and rows for its next step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any, NamedTuple
 from warnings import warn
 
 import torch
@@ -12,7 +13,8 @@ from decorr_fx.config import Dbp, Power
 from decorr_fx.ops.cost import used_rank
 from decorr_fx.ops.layout import Factored, identity_factors, stack_weight, unstack_weight
 from decorr_fx.ops.low_rank import LowRank
-from decorr_fx.ops.sample import FORWARDS, ROWS, ConvGeometry, record_rows, record_rows_op
+from decorr_fx.ops.sample import DUE, FORWARDS, ROWS, ConvGeometry, record_rows, record_rows_op
+from decorr_fx.runtime.private import is_recordable
 from decorr_fx.runtime.site.owner import PATIENCE, warn_if_unowned
 from decorr_fx.runtime.site.ranks import Ranks, given_by_each
 from decorr_fx.runtime.site.registry import list_parameters, mark, register
@@ -21,8 +23,7 @@ from decorr_fx.runtime.site.spec import SiteSpec
 from decorr_fx.runtime.site.weight import SiteWeight
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """Rows of a site's input for a step of R, `[n, groups * d]`, and which of them are in use, `[n]`."""
 
     rows: Tensor
@@ -54,6 +55,7 @@ class Site(nn.Module):
         self.known: list[int] = []  # ids of the weights when rows were recorded last
         self.used = spec.layout.rank  # directions that R uses
         self.same_on_all_ranks = False  # R has been checked to be
+        self.used_is_agreed = False  # all ranks use as many directions, by their rows
         self.is_identity = True  # R has never moved
         self.schedule = Schedule(spec.rule.update_every)
         self.host = torch.tensor((1, 0, 0), device="cpu")  # for recordings of compiled graphs, too: see ops.sample
@@ -75,12 +77,12 @@ class Site(nn.Module):
     def state(self) -> list[Tensor]:
         """R and what is remembered, in the order of `SiteSpec.state_shapes`."""
         buffers: dict[str, Any] = self._buffers  # get_buffer would look up each name in four ways
-        return [buffers[name] for name in self.spec.state_shapes]
+        return [*map(buffers.__getitem__, self.spec.state_shapes)]
 
-    def R(self) -> LowRank | Factored:  # noqa: N802 - the mathematics is written with capitals
+    def matrix(self) -> LowRank | Factored:
         """Return R as it is now, of all stacks."""
         if isinstance(self.spec.rule, Power):
-            return LowRank(self.state[0][:, -self.used :])
+            return LowRank(self._buffers["U"][:, -self.used :])  # type: ignore[index]
         return Factored(self.state[: 2 if self.spec.layout.paired else 1])
 
     @torch.no_grad()
@@ -89,46 +91,55 @@ class Site(nn.Module):
         layout = self.spec.layout
         eye = torch.eye(layout.d, device=self.rows.device, dtype=self.rows.dtype).repeat(layout.groups, 1, 1)
         rows = replace(layout, d_out=layout.d, transposed=False)
-        return unstack_weight(self.R().times(stack_weight(eye, rows)), eye.shape, rows)
+        return unstack_weight(self.matrix().times(stack_weight(eye, rows)), eye.shape, rows)
 
     @property
     def trained(self) -> bool:
         """Whether one of the weights is."""
-        return any((found := weight.find()) is not None and found.requires_grad for weight in self.weights)
+        for weight in self.weights:
+            found = weight.owner._parameters.get(weight.name)  # read often: as `find` does
+            if found is not None and found.requires_grad:
+                return True
+        return False
 
     def record(self, x: Tensor, geometry: ConvGeometry | None, out_size: Sequence[int]) -> None:
         """Record a few rows of the input `x` of a call with this geometry, where R moves at the coming step.
 
-        Nothing is recorded of a forward without gradients, of frozen weights, or of nested and sparse inputs.
+        Nothing is recorded of a forward without gradients, of frozen weights, or of inputs that are no plain tensors.
         """
-        if not (torch.is_grad_enabled() or self.recording_all):
+        if not (torch.is_grad_enabled() or self.recording_all) or torch.compiler.is_exporting():
             return
         rule, numbers = self.spec.rule, [] if geometry is None else geometry.numbers
         fraction = rule.sample_fraction if isinstance(rule, Dbp) else 1.0
         recorded = (self.rows, self.seen, self.steps, self.host, fraction, numbers, list(out_size))
         if torch.compiler.is_compiling():  # whether a move is due is known when the graph runs
             record_rows_op(x.detach(), *recorded)
-        elif self.due and self.trained and x.layout is torch.strided:
-            self._count_backward()
+        elif self.schedule.due and is_recordable(x) and self._count_backward():
             record_rows(x.detach(), *recorded)
 
-    def _count_backward(self) -> None:
-        """Count forwards that begin a new gradient, and warn where none of them leads to a step."""
-        weights = [weight.parameter() for weight in self.weights]
+    def _count_backward(self) -> bool:
+        """Count forwards that begin a new gradient, and warn where none of them leads to a step.
+
+        Tell whether there is a gradient at all: one of the weights is trained.
+        """
+        weights = [p for w in self.weights if (p := w.owner._parameters.get(w.name)) is not None]  # as `find` does
+        if not any(map(attrgetter("requires_grad"), weights)):
+            return False
         if [*map(id, weights)] != self.known:  # replaced by hand
             self.known = [*map(id, weights)]
             mark(self)
-        self.schedule.unowned += all(weight.grad is None for weight in weights)
+        self.schedule.unowned += torch.is_grad_enabled() and {*map(attrgetter("grad"), weights)} == {None}
         if (
             self.schedule.unowned == PATIENCE
             and "unowned" not in self.warned
             and warn_if_unowned(self.spec.fqn, weights)
         ):
             self.warned.add("unowned")
+        return True
 
-    def make_room(self) -> None:
-        """Have room for the rows that this rank gives; those that are recorded stay, as far as they fit."""
-        slots = given_by_each(self.spec.slots, self.ranks.count)
+    def make_room(self, ranks: int) -> None:
+        """Have room for the rows that one of so many ranks gives; what is recorded stays, as far as it fits."""
+        slots = given_by_each(self.spec.slots, ranks)
         if len(self.rows) != slots:
             kept = self.rows[:slots]
             self.rows = self.rows.new_zeros(slots, self.rows.shape[1])
@@ -146,22 +157,25 @@ class Site(nn.Module):
 
     def begin_recording(self) -> None:
         """Drop the rows recorded so far, and record those of the next step if R moves at it."""
-        self.schedule.due = self.schedule.due and self.trained and not self.paused
-        self.host.copy_(torch.tensor((int(self.due), 0, 0), device="cpu"))
-        self.seen.zero_()
+        schedule = self.schedule
+        schedule.due = schedule.due and not self.paused and self.trained
+        if schedule.due or schedule.recording:
+            self.host.copy_(torch.tensor((int(schedule.due), 0, 0), device="cpu"))
+            self.seen.zero_()
+        schedule.recording = schedule.due
 
     def rows_of_step(self) -> int:
         """Return how many rows of its input the layers have mapped since the last step, as far as was recorded."""
         return int(self.host[ROWS])
 
-    def fit_budget(self, rows: int) -> None:
-        """Let R use as many directions as `cost_budget` allows in steps of so many rows."""
-        rule = self.spec.rule
+    def fit_budget(self, rows: int | None = None) -> None:
+        """Let R use as many directions as `cost_budget` allows in steps of so many rows; None: of the last one."""
+        rule, rows = self.spec.rule, int(self.host[ROWS]) if rows is None else rows
         if isinstance(rule, Power) and rows:
             self.used = used_rank(self.spec.layout.rank, rows, rule.cost_budget)
 
     def recorded_forwards(self) -> int:
-        """Return how many forwards were recorded since the last step."""
+        """Return how many forwards were recorded since the last step, outside of backwards."""
         return int(self.host[FORWARDS])
 
     @torch.no_grad()
@@ -176,7 +190,7 @@ class Site(nn.Module):
         elif self.spec.rule.gradient_gain:
             self.state[-1].fill_(1)
         self.is_identity = True
-        self.used, self.same_on_all_ranks = self.spec.layout.rank, False
+        self.used, self.same_on_all_ranks, self.used_is_agreed = self.spec.layout.rank, False, False
         self.schedule.restart(0)
         self.begin_recording()
 
@@ -201,14 +215,22 @@ class Site(nn.Module):
         missing = sorted(self.state_dict(prefix=prefix).keys() - found)
         if missing:
             self.reset()
-            warn(f"layer {self.spec.fqn!r}: {missing[0]!r} is not in the checkpoint, so that its R starts anew from "
-                 "the identity; its weights are those of the checkpoint", stacklevel=2)  # fmt: skip
+            self._warn_of_partial(missing[0])
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.same_on_all_ranks = self.is_identity = False
+        self.same_on_all_ranks = self.used_is_agreed = self.is_identity = False
         self.begin_recording()
+
+    def _warn_of_partial(self, key: str) -> None:
+        if "partial" not in self.warned:
+            self.warned.add("partial")
+            warn(
+                f"layer {self.spec.fqn!r}: {key!r} is not in the checkpoint, so that its R starts anew from the "
+                "identity, as that of each layer of which a part is missing; weights are those of the checkpoint",
+                stacklevel=2,
+            )
 
     def follow_weights(self) -> None:
         """Be where the weights are, after they were replaced by others: from a meta device, or by `assign=True`."""
@@ -234,6 +256,9 @@ class Site(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.paused:  # which a copy is not
+            self.schedule.restart(self.schedule.attempts)
+            self.host[DUE] = self.schedule.due
         self.paused = self.recording_all = False
         register(self)  # a deep copy, or an unpickled one,
         mark(self)  # of which the weights may not be there yet

@@ -9,6 +9,8 @@ from decorr_fx.ops.layout import Layout
 from decorr_fx.runtime.site.shard import is_sharded, rows_here
 from decorr_fx.runtime.site.spec import WeightSpec
 
+_PLAIN = (Tensor, nn.Parameter)  # a sharded one is of another type
+
 
 @dataclass(frozen=True)
 class SiteWeight:
@@ -29,11 +31,18 @@ class SiteWeight:
         Raises:
             LayerError: it was pruned or parametrized after `transform`.
         """
-        found = self.find()
+        found = self.owner._parameters.get(self.name)
         if found is None:
             raise LayerError(self.spec.fqn, "its weight was pruned or parametrized after transform; undo that, or fold "
                                             "the model, do it again, and transform the result")  # fmt: skip
         return found
+
+    def parts(self, tensor: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Layout]:
+        """Return what this rank holds of the weight's rows, of the parameter and of its gradient: see `part`."""
+        if self.rows is None and type(tensor) in _PLAIN:
+            return tensor, gradient, self.spec.layout
+        held, layout = self.part(tensor)
+        return held, self.part(gradient)[0], layout
 
     def part(self, tensor: Tensor) -> tuple[Tensor, Layout]:
         """Return what this rank holds of the weight's rows, of the parameter or of its gradient: a view.
@@ -42,7 +51,7 @@ class SiteWeight:
             DistributedError: the weight is sharded in a way in which rows are not whole.
         """
         layout = self.spec.layout
-        if not is_sharded(tensor):
+        if type(tensor) in _PLAIN or not is_sharded(tensor):
             return (tensor if self.rows is None else tensor[slice(*self.rows)]), layout
         here = rows_here(tensor, self.rows)
         if here is None or layout.transposed or layout.groups > 1:

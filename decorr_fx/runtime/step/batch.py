@@ -1,8 +1,8 @@
 """What happens to the weights around a step of their optimizer: those of one shape together."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from warnings import warn
 
 import torch
@@ -13,57 +13,73 @@ from decorr_fx.ops.layout import Factored, Layout
 from decorr_fx.ops.low_rank import LowRank
 from decorr_fx.ops.precision import full_precision
 from decorr_fx.runtime.private import mapped_version, note_mapped
+from decorr_fx.runtime.site.shard import held_here
 from decorr_fx.runtime.site.state import Site
 from decorr_fx.runtime.site.weight import SiteWeight
 
 T = TypeVar("T")
+ALONE = ("cpu",)  # devices on which each weight has a product of its own, since joining would copy them
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Weights of one shape, each with the site that it belongs to: what this rank holds of them.
+    """Weights of one shape while their optimizer steps: what this rank holds of them.
 
     Attributes:
-        sites: of each weight.
+        R: of all of them.
         layout: how each is read.
         weights: views of the parameters.
         olds: copies of them, before the step.
     """
 
-    sites: Sequence[Site]
+    R: R
     layout: Layout
     weights: Sequence[Tensor]
     olds: Sequence[Tensor]
 
 
+class _Weight(NamedTuple):
+    """A weight of a site, what this rank holds of it, and its gradient where that is not mapped yet."""
+
+    site: Site
+    layout: Layout
+    held: Tensor
+    gradient: Tensor | None
+
+
 @torch.no_grad()
-def before_step(owned: Iterable[tuple[Site, SiteWeight]]) -> list[Batch]:
+def before_step(sites: Iterable[Site], owned: frozenset[int]) -> list[Batch]:
     """Let the gradients of weights be those in coordinates of z, and return what `after_step` needs.
 
-    A weight without a gradient is left alone, and so is a gradient that was mapped before and has not changed since.
+    A weight without a gradient is left alone, and so is a gradient that is of W already and has not changed since. Of
+    several models over one weight, the R of the last one counts.
+
+    Args:
+        sites: whose weights are stepped.
+        owned: ids of the parameters that are stepped.
     """
-    found, gradients = [], {}
-    for site, weight in owned:
-        if site.is_identity:
-            continue
+    found, gradients = {}, {}
+    for site, weight in [(s, w) for s in sites if not s.is_identity or s.schedule.due for w in s.weights]:
         parameter = weight.parameter()
         gradient = parameter.grad
         if gradient is None or gradient.layout is not torch.strided or not parameter.requires_grad:
             continue
-        held, layout = weight.part(parameter.detach())
-        mapped = mapped_version(gradient) == gradient._version
-        _warn_if_carried(site, weight, gradient)
-        found.append((site, layout, held, None if mapped else weight.part(gradient)[0]))
-        gradients[id(gradient)] = gradient
-    batches = []
-    for group in grouped(found, lambda one: (one[1], one[0].used, one[2].dtype, one[2].device, one[3] is None)):
-        sites, layouts, weights, of_group = zip(*group, strict=True)
-        for part in _together(len(group), weights[0].device):
-            own = sites[part]
-            if of_group[0] is not None:
-                with full_precision(weights[0].device):
-                    gradients_to_z(of_group[part], joined(own), layouts[0], _gains(own))
-            batches.append(Batch(own, layouts[0], weights[part], [weight.clone() for weight in weights[part]]))
+        if id(parameter) not in owned:  # it was replaced by hand since
+            continue
+        written = gradient if type(gradient) is Tensor else held_here(gradient)
+        if site.is_identity:  # of W already, also after R has moved
+            gradients[id(written)] = written
+            continue
+        held, held_gradient, layout = weight.parts(parameter.detach(), gradient)
+        version = mapped_version(written)
+        if version == written._version:
+            found[id(parameter), weight.rows] = _Weight(site, layout, held, None)
+            continue
+        if version is not None:
+            _warn_if_carried(site, weight, written, version)
+        found[id(parameter), weight.rows] = _Weight(site, layout, held, held_gradient)
+        gradients[id(written)] = written
+    batches = [_begin(group) for group in grouped(found.values(), _together)]
     for gradient in gradients.values():
         note_mapped(gradient)
     return batches
@@ -74,43 +90,52 @@ def after_step(batches: Iterable[Batch]) -> None:
     """Let the moves of the weights since `before_step` go through R."""
     for batch in batches:
         with full_precision(batch.weights[0].device):
-            moves_to_x(batch.weights, batch.olds, joined(batch.sites), batch.layout)
+            moves_to_x(batch.weights, batch.olds, batch.R, batch.layout)
 
 
 def joined(sites: Sequence[Site]) -> R:
     """Return the R of all sites, one after the other."""
-    Rs = [site.R() for site in sites]
-    if len(Rs) == 1:
-        return Rs[0]
+    Rs = [site.matrix() for site in sites]
     if isinstance(Rs[0], LowRank):
         return LowRank(torch.cat([one.U for one in Rs if isinstance(one, LowRank)]))
     factors = zip(*(one.factors for one in Rs if isinstance(one, Factored)), strict=True)
     return Factored([torch.cat(of_sites) for of_sites in factors])
 
 
-def grouped(items: Iterable[T], key: Callable[[T], Any]) -> Iterator[list[T]]:
-    """Yield the items of each key, in the order in which the keys come first."""
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
+    """Return the items of each key, in the order in which the keys come first."""
     groups: dict[Any, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
-    yield from groups.values()
+    return [*groups.values()]
 
 
-def _together(count: int, device: torch.device) -> list[slice]:
-    """Return which of so many weights go into one product: on a CPU each by itself, since joining would copy them."""
-    return [slice(i, i + 1) for i in range(count)] if device.type == "cpu" else [slice(0, count)]
+def _together(one: _Weight) -> Any:
+    """Return what weights have in common that go into one product."""
+    held = one.held
+    if held.device.type in ALONE:
+        return id(held)
+    return one.layout, one.site.spec.rule, one.site.used, held.dtype, held.device, one.gradient is None
 
 
-def _gains(sites: Sequence[Site]) -> Tensor | None:
-    if not getattr(sites[0].spec.rule, "gradient_gain", 0.0):
-        return None
-    return torch.cat([site.state[-1] for site in sites])
+def _begin(group: Sequence[_Weight]) -> Batch:
+    """Map the gradients of some weights where they are not mapped yet, and keep copies of the weights."""
+    sites, layouts, weights, gradients = zip(*group, strict=True)
+    R = sites[0].matrix() if len(sites) == 1 else joined(sites)
+    if gradients[0] is not None:
+        with full_precision(weights[0].device):
+            gained = "gradient_gain" in sites[0].spec.state_shapes
+            gains = torch.cat([site.state[-1] for site in sites]) if gained else None
+            gradients_to_z(gradients, R, layouts[0], gains)
+    return Batch(R, layouts[0], weights, [*map(Tensor.clone, weights)])
 
 
-def _warn_if_carried(site: Site, weight: SiteWeight, gradient: Tensor) -> None:
-    """Warn once where a gradient that was mapped before has been added to: it was not set to zero in between."""
-    version = mapped_version(gradient)
-    if version is None or gradient._version != version + 1 or "carried" in site.warned:
+def _warn_if_carried(site: Site, weight: SiteWeight, gradient: Tensor, mapped: int) -> None:
+    """Warn once where a gradient that was mapped before has been added to: it was not set to zero in between.
+
+    A view, as DistributedDataParallel makes them, has its version in common with other gradients, which tells nothing.
+    """
+    if gradient._version != mapped + 1 or gradient._base is not None or "carried" in site.warned:
         return
     if bool(gradient.any()):
         site.warned.add("carried")

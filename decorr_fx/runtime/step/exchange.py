@@ -8,7 +8,7 @@ Sites are in the order of the optimizer's parameters, which is the same on all r
 """
 
 import atexit
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from decorr_fx.errors import DistributedError
-from decorr_fx.runtime.site.ranks import given_by
+from decorr_fx.runtime.site.ranks import given_by, is_distributed
 from decorr_fx.runtime.site.state import Recorded, Site
 from decorr_fx.runtime.step.batch import grouped
 from decorr_fx.runtime.step.divide import numbers_of_rows, owner_ranks
@@ -142,17 +142,33 @@ def share(updates: Sequence[MomentUpdate], owner: Mapping[Site, int]) -> list[Mo
 
 
 def check_same(sites: Sequence[Site]) -> None:
-    """Check that R is the same on all ranks, and agree on its cost, for sites that have not been checked before.
+    """Check that R and its settings are the same on all ranks, of sites that have not been checked before.
 
     Raises:
-        DistributedError: R is not the same, or the ranks step other layers; nothing has moved then. On all ranks, so
-            that none waits for another.
+        DistributedError: they are not, or the ranks step other layers; nothing has moved then. On all ranks, so that
+            none waits for another.
     """
-    for of_group in grouped(sites, lambda site: site.ranks):
-        unchecked = [site for site in of_group if not site.same_on_all_ranks]
-        if unchecked and of_group[0].ranks.count > 1:
-            _check_layers(unchecked)
-            _check_state(unchecked)
+    for unchecked in _on_ranks(site for site in sites if not site.same_on_all_ranks):
+        _check_layers(unchecked)
+        _check_state(unchecked)
+
+
+def agree_on_used_ranks(sites: Sequence[Site]) -> None:
+    """Let R use as many directions on all ranks: by the rank that has the fewest rows of a layer, once that has some.
+
+    The sites have been checked to be the same, and move at this step.
+    """
+    for of_group in _on_ranks(site for site in sites if not site.used_is_agreed):
+        rows = _gathered([[site.rows_of_step()] for site in of_group], of_group[0]).amin((0, 2)).tolist()
+        for site, fewest in zip(of_group, rows, strict=True):
+            site.fit_budget(int(fewest))
+            site.used_is_agreed = fewest > 0
+
+
+def _on_ranks(sites: Iterable[Site]) -> Iterator[list[Site]]:
+    """Yield the sites of each group of several ranks."""
+    if is_distributed():
+        yield from (group for group in grouped(sites, lambda site: site.ranks) if group[0].ranks.count > 1)
 
 
 def _check_layers(sites: Sequence[Site]) -> None:
@@ -167,16 +183,17 @@ def _check_layers(sites: Sequence[Site]) -> None:
 
 
 def _check_state(sites: Sequence[Site]) -> None:
-    found = _gathered([[*_fingerprint(site), site.rows_of_step()] for site in sites], sites[0])
-    same = (found[..., :-1] == found[0, :, :-1]).all(2).all(0).tolist()
-    rows = found[..., -1].amin(0).tolist()
-    for site, is_same, fewest in zip(sites, same, rows, strict=True):
-        if not is_same:
-            raise DistributedError(
-                f"layer {site.spec.fqn!r}: its R is not the same on all {site.ranks.count} ranks; "
-                "load the same checkpoint on every rank before the first step"
-            )
-        site.fit_budget(int(fewest))
+    found = _gathered([[_settings(site), *_fingerprint(site)] for site in sites], sites[0])
+    same_settings, same_R = (
+        (found == found[0])[..., part].all(2).all(0).tolist() for part in (slice(1), slice(1, None))
+    )
+    for site, same_here, same_there in zip(sites, same_settings, same_R, strict=True):
+        what = f"layer {site.spec.fqn!r}: its {{}} not the same on all {site.ranks.count} ranks; "
+        if not same_here:
+            raise DistributedError(what.format("shape or rule is") + "transform the same model by the same rule on all")
+        if not same_there:
+            raise DistributedError(what.format("R is") + "load the same checkpoint on every rank before the first step")
+    for site in sites:
         site.same_on_all_ranks = True
 
 
@@ -229,6 +246,12 @@ def _in_its_place(site: Site) -> Tensor:
 
 def _read(with_flag: Tensor) -> Recorded:
     return Recorded(with_flag[:, :-1], with_flag[:, -1] > 0)
+
+
+def _settings(site: Site) -> float:
+    """Return a number that tells two settings of a site apart. A function is taken for any other one."""
+    rule = {name: "a function" if callable(value) else value for name, value in vars(site.spec.rule).items()}
+    return float(crc32(repr((type(site.spec.rule).__name__, rule, site.spec.weights, site.rows.dtype)).encode()))
 
 
 def _fingerprint(site: Site) -> tuple[float, ...]:

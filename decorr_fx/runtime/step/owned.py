@@ -2,29 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from decorr_fx.runtime.site.registry import changes, sites_of_parameter
+from decorr_fx.runtime.site.registry import changes, list_sharded, sites_of_parameter
 from decorr_fx.runtime.site.state import Site
-from decorr_fx.runtime.site.weight import SiteWeight
 
 
 @dataclass(frozen=True)
 class Owned:
-    """Weights of sites, and the sites, of the parameters with these `ids`, as they were after so many `changes`."""
+    """The sites of parameters, as they were after so many `changes`. A model that is dropped is not kept alive by it.
 
-    ids: list[int]
+    Attributes:
+        ids: of the parameters.
+        order: the same, in order.
+        changes: see `site.registry`.
+        references: to the sites.
+    """
+
+    ids: frozenset[int]
+    order: list[int]
     changes: int
-    weights: Sequence[tuple[Site, SiteWeight]] = ()
-    sites: Sequence[Site] = ()
+    references: Sequence[ref[Site]]
 
-    @classmethod
-    def of_sites(cls, sites: Sequence[Site]) -> "Owned":
-        """Return all weights of some sites."""
-        return cls([], 0, [(site, weight) for site in sites for weight in site.weights], sites)
+    def sites(self) -> list[Site]:
+        """Return the sites that are left."""
+        return [site for reference in self.references if (site := reference()) is not None]
 
 
 _OWNED: "WeakKeyDictionary[Optimizer, Owned]" = WeakKeyDictionary()
@@ -35,20 +40,28 @@ def owned_by(optimizer: Optimizer) -> Owned:
 
     Raises:
         LayerError: a weight was pruned or parametrized after `transform`.
+        DistributedError: a weight is sharded in a way in which rows are not whole.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ids, known = [*map(id, parameters)], _OWNED.get(optimizer)
-    if known is None or known.changes != changes() or known.ids != ids:
+    if known is None or known.changes != changes() or known.order != ids:
         known = _OWNED[optimizer] = _look_up(parameters, ids)
     return known
 
 
 def _look_up(parameters: Sequence[Tensor], ids: list[int]) -> Owned:
-    """Look at each parameter of the optimizer, and at no other site of the process."""
-    weights: list[tuple[Site, SiteWeight]] = []
+    """Look at each parameter of the optimizer, and at no other site of the process.
+
+    Raises:
+        DistributedError: a weight is sharded in a way in which rows are not whole.
+    """
     sites: dict[Site, None] = {}
+    list_sharded(parameters)
     for parameter in parameters:
         for site in sites_of_parameter(parameter):
-            weights += [(site, weight) for weight in site.weights if weight.parameter() is parameter]
-            sites[site] = None
-    return Owned(ids, changes(), weights, list(sites))
+            for weight in site.weights:
+                if weight.parameter() is parameter:
+                    weight.part(parameter.detach())
+                    sites[site] = None
+            site.warned.add("unowned")  # of a model that an optimizer steps: other layers may be left out on purpose
+    return Owned(frozenset(ids), ids, changes(), [*map(ref, sites)])
