@@ -57,7 +57,7 @@ class Classifier(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return any optimizer, which now moves R, too."""
+        """Return any optimizer, at whose steps R moves."""
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 

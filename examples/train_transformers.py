@@ -3,8 +3,8 @@
     python examples/train_transformers.py
     tensorboard --logdir runs/transformers
 
-A checkpoint of the trainer holds R, too: go on with `trainer.train(resume_from_checkpoint=True)`. For `from_pretrained`
-save the folded model, as here: without R the weights of a checkpoint are not those of the plain model.
+A checkpoint of the trainer holds R, too: go on with `trainer.train(resume_from_checkpoint=True)`. Its weights are
+those of the plain model; for `from_pretrained` save the folded model, as here, which has no keys besides them.
 """
 
 import argparse

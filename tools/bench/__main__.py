@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from rich.console import Console
 
-from tools.bench.cases import Bars, Case, sweep
+from tools.bench.cases import Case, sweep
 from tools.bench.figures import draw_growth, draw_ratios
 from tools.bench.memory import peak_bytes
 from tools.bench.results import Result, write_json
@@ -55,17 +55,17 @@ def run(settings: Settings) -> None:
 
 def _measured(cases: Sequence[Case], settings: Settings, console: Console) -> Iterator[tuple[Case, list[Result]]]:
     for case in cases:
-        results = measure(case, settings.seconds, settings.memory)
+        results = measure(case, settings.seconds)
         console.print(case_table(case, results))
         yield case, results
 
 
-def measure(case: Case, seconds: float, memory: bool = False) -> list[Result]:
+def measure(case: Case, seconds: float) -> list[Result]:
     """Return the results of the plain model and of each method of the case."""
     methods = ("plain", *case.methods)
-    peaks = {m: peak_bytes(case, m) for m in methods if memory or case.bars.memory is not None}
-    if case.bars.memory is not None and case.bars == Bars(memory=case.bars.memory):
-        return [Result(method, memory=peaks[method]) for method in methods]
+    peaks = {method: peak_bytes(case, method) for method in methods} if case.memory else {}
+    if not case.timed:
+        return [Result(method, memory=peaks.get(method)) for method in methods]
     if case.ranks:
         return results_on_ranks(case, seconds)
     results = results_here(case, seconds, peaks)

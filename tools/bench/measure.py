@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tools.bench.cases import Case
-from tools.bench.methods import make_batch, prepare, step_kinds
+from tools.bench.methods import prepare, step_kinds
+from tools.bench.models import make_batch
 from tools.common.ranks import told_by_first, wrapped
 
-PHASES = ("forward", "backward", "optimizer", "R step")
+PHASES = ("forward", "backward", "optimizer", "decorrelation")  # the last one is what happens around the optimizer
+MARKS = 7  # points in time that are noted in a step
 TURN = 4  # steps
 WARM_UP = 1  # turns that are not counted
 
@@ -99,7 +101,8 @@ class Contender:
         self.batch = make_batch(self.case)
         self.taken = 0
         self.marks = Marks(self.device)
-        # the optimizer's own hooks come before those of all optimizers, where R steps
+        # the optimizer's own hooks are the innermost: around them are those of all optimizers, where R acts and moves
+        self.optimizer.register_step_pre_hook(lambda *_: self.marks.mark())
         self.optimizer.register_step_post_hook(lambda *_: self.marks.mark())
 
     def train(self, steps: int = TURN, counts: bool = True) -> None:
@@ -115,19 +118,19 @@ class Contender:
             self.marks.mark()
             loss.backward()  # type: ignore[no-untyped-call]
             self.marks.mark()
-            self.optimizer.step()  # marks its own end
+            self.optimizer.step()  # marks its own begin and end
             self.marks.mark()
             self.optimizer.zero_grad()
-        self.marks.mark()
+            self.marks.mark()
         times = self.marks.milliseconds()
-        each = len(PHASES) + 1  # the last one is zero_grad: the optimizer's
         for i, kind in enumerate(kinds if counts else []):
-            forward, backward, optimizer, move, zero_grad = times[i * each : (i + 1) * each]
-            self.steps[kind].append([forward, backward, optimizer + zero_grad, move])
+            forward, backward, before, optimizer, after, zero_grad = times[i * MARKS : (i + 1) * MARKS - 1]
+            self.steps[kind].append([forward, backward, optimizer + zero_grad, before + after])
 
-    def step_spread(self) -> Spread:
-        """Return the milliseconds of a step."""
-        return Spread.weighted(self.kinds.shares, {kind: [sum(s) for s in steps] for kind, steps in self.steps.items()})
+    def step_spread(self, first: bool = False) -> Spread:
+        """Return the milliseconds of a step, in a long training or in its first steps."""
+        shares = self.kinds.first if first else self.kinds.shares
+        return Spread.weighted(shares, {kind: [sum(s) for s in steps] for kind, steps in self.steps.items()})
 
     def phase_spread(self, phase: int) -> Spread:
         """Return the milliseconds of one phase of a step."""

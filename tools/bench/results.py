@@ -23,7 +23,8 @@ class Result:
         steps: how many were timed.
         step: milliseconds of a training step.
         phases: milliseconds of each part of it, medians.
-        ratio: of the step to the plain model's median.
+        ratio: of the step to the plain model's median, in a long training.
+        first_ratio: likewise, in the first 250 steps, in which R moves more often.
         evaluation: milliseconds of a forward in eval mode.
         evaluation_ratio: likewise.
         memory: peak bytes of training; None where it was not measured.
@@ -34,6 +35,7 @@ class Result:
     step: Spread | None = None
     phases: dict[str, float] = field(default_factory=dict)
     ratio: Spread | None = None
+    first_ratio: Spread | None = None
     evaluation: Spread | None = None
     evaluation_ratio: Spread | None = None
     memory: int | None = None
@@ -43,9 +45,12 @@ def result_of(contender: Contender, plain: Contender, memory: int | None) -> Res
     """Summarise what was measured of a contender."""
     step, forward = contender.step_spread(), Spread.of(contender.evaluations)
     phases = {name: contender.phase_spread(i).median for i, name in enumerate(PHASES)}
-    ratio = step.times(1 / plain.step_spread().median)
+    of_plain = 1 / plain.step_spread().median
+    ratio, first_ratio = step.times(of_plain), contender.step_spread(first=True).times(of_plain)
     evaluation_ratio = forward.times(1 / Spread.of(plain.evaluations).median)
-    return Result(contender.method, contender.measured, step, phases, ratio, forward, evaluation_ratio, memory)
+    return Result(
+        contender.method, contender.measured, step, phases, ratio, first_ratio, forward, evaluation_ratio, memory
+    )  # fmt: skip
 
 
 def write_json(path: Path, measured: Sequence[tuple[Case, Sequence[Result]]]) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tools.bench.cases import SUITES, Case
@@ -20,7 +20,6 @@ class Settings:
     cases: tuple[Case, ...]
     sweeps: tuple[str, ...]
     seconds: float
-    memory: bool
     table: bool
     out: Path
 
@@ -41,14 +40,16 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     )  # fmt: skip
     name = given.suite or ("growth" if given.sweep else given.model)
     cases = SUITES[given.suite] if given.suite else (case,)
-    return Settings(name, cases, tuple(given.sweep), given.seconds, given.memory, given.table, given.out)
+    cases = tuple(replace(case, memory=case.memory or given.memory) for case in cases)
+    return Settings(name, cases, tuple(given.sweep), given.seconds, given.table, given.out)
 
 
 def _add_case(parser: argparse.ArgumentParser) -> None:
     default = Case()
-    parser.add_argument("--model", default=default.model, help="name of a torchvision classifier or of a timm model")
+    parser.add_argument("--model", default=default.model, help="a torchvision classifier, a timm model, linears, mlp, "
+                        "or gpt2")  # fmt: skip
     parser.add_argument("--batch", type=positive_int, default=default.batch, help="examples in a step")
-    parser.add_argument("--size", type=positive_int, default=default.size, help="pixels of a side")
+    parser.add_argument("--size", type=positive_int, default=default.size, help="pixels of a side, or tokens")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=default.dtype, help="bfloat16: autocast")
     parser.add_argument("--channels-last", action="store_true", help="memory format of model and images")
     parser.add_argument("--compile", action="store_true", help="run under torch.compile")
@@ -58,7 +59,7 @@ def _add_case(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory of all cases")
     parser.add_argument("--seconds", type=positive, default=60, help="for the training steps of a case, about")
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--suite", choices=sorted(SUITES), help="measure these cases, beside the bars set for them")

@@ -19,7 +19,8 @@ def case_table(case: Case, results: Sequence[Result]) -> Table:
     """Return the table of a case; bars stand beside the first method after the plain model."""
     table = Table(title=case.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    for name in ("ms a step", "ratio (quartiles)", "bar", *PHASES, "eval ratio", "bar", "peak MiB", "ratio", "bar"):
+    timed = ("ms a step", "ratio (quartiles)", "bar", "first 250 steps", *PHASES, "eval ratio", "bar")
+    for name in (*timed, "peak MiB", "ratio", "bar"):
         table.add_column(name, justify="right", no_wrap=True)
     plain = results[0]
     for i, result in enumerate(results):
@@ -27,7 +28,7 @@ def case_table(case: Case, results: Sequence[Result]) -> Table:
         shares = [f"{result.phases[name]:.1f}" if result.phases else "-" for name in PHASES]
         table.add_row(
             result.method, f"{result.step.median:.1f}" if result.step else "-", _ratio(result.ratio), _bar(bars.step),
-            *shares, _ratio(result.evaluation_ratio), _bar(bars.evaluation),
+            _ratio(result.first_ratio), *shares, _ratio(result.evaluation_ratio), _bar(bars.evaluation),
             "-" if result.memory is None else f"{result.memory / 2**20:,.0f}",
             "-" if result.memory is None or plain.memory is None else f"{result.memory / plain.memory:.3f}",
             _bar(bars.memory),
@@ -46,8 +47,8 @@ def costs_table(path: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be read: {error}; measure again") from None
     headers = [
-        "training step", "plain (ms)", "decorrelated (ms)", "ratio (quartiles)", "bar", "eval ratio (quartiles)",
-        "peak memory", "bar",
+        "training step", "plain (ms)", "decorrelated (ms)", "ratio (quartiles)", "bar", "first 250 steps",
+        "eval ratio (quartiles)", "peak memory", "bar",
     ]  # fmt: skip
     return markdown_table(headers, rows)
 
@@ -59,6 +60,7 @@ def _row(measured: Mapping[str, Any]) -> list[str]:
         Case(**{**case, "methods": (), "bars": Bars()}).title,
         _told(plain["step"], "{median:.0f}"), _told(first["step"], "{median:.0f}"),
         _told(first["ratio"], "{median:.2f} ({low:.2f} - {high:.2f})"), _bar(bars["step"]),
+        _told(first.get("first_ratio"), "{median:.2f}"),  # files of earlier versions have none
         _told(first["evaluation_ratio"], "{median:.2f} ({low:.2f} - {high:.2f})"),
         f"{first['memory'] / plain['memory']:.3f}" if first["memory"] else "-", _bar(bars["memory"]),
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """The textbook form of decorrelated backpropagation, the yardstick: R is a full matrix and is applied to activations.
 
     z = R x                                              for every row x of every input
-    R <- R - eps * ((1 - kappa) C + kappa V) R           C and V over a tenth of the rows, a d x d times d x d product
+    R <- R - eps * ((1 - kappa) C + kappa D) R           C and D over a tenth of the rows, a d x d times d x d product
 
 Written as the equations read (arXiv 2405.02385, sections 2 and 3), with no thought of time or memory.
 """
@@ -48,9 +48,9 @@ class TextbookLayer(nn.Module):
         z = z.flatten(0, -2)
         z = z[torch.randperm(len(z), device=z.device)[: max(1, int(SAMPLED * len(z)))]]
         M = z.T @ z / len(z)
-        D = M.diagonal().diag()
-        V = D - torch.eye(len(M), device=z.device)
-        self.R = self.R - EPS * ((1 - KAPPA) * (M - D) + KAPPA * V) @ self.R
+        variances = M.diagonal().diag()
+        C, D = M - variances, variances - torch.eye(len(M), device=z.device)
+        self.R = self.R - EPS * ((1 - KAPPA) * C + KAPPA * D) @ self.R
 
 
 def textbook(model: nn.Module) -> nn.Module:

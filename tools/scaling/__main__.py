@@ -15,11 +15,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import decorr_fx
-from decorr_fx import DecorrConfig
-from decorr_fx.ops.cost import move_flops, own_flops
+from decorr_fx import Power
+from decorr_fx.ops.cost import ASSUMED_ROWS, around_flops, own_flops, used_rank
 from decorr_fx.runtime.site.ranks import given_by_each
 from decorr_fx.runtime.site.state import Site, sites_of
-from decorr_fx.runtime.step.divide import exchanged_bytes, look_flops, makers
+from decorr_fx.runtime.step.divide import exchanged_bytes, owner_ranks, update_flops
 from tools.common.tables import markdown_table
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -34,8 +34,8 @@ MEBI, GIGA = 2**20, 1e9
 def scaling_table(models: Sequence[str] = tuple(MODELS), ranks: Sequence[int] = RANKS) -> str:
     """Return the table as Markdown."""
     headers = [
-        "model", "ranks", "R (MiB)", "rows (MiB)", "sent for a step of R (MiB)", "of gradients", "on average",
-        "a step of R (GFLOP)", "sharded (GFLOP)", "sharded, of a training step",
+        "model", "ranks", "R (MiB)", "rows (MiB)", "sent for a move of R (MiB)", "of gradients", "on average",
+        "a move of R (GFLOP)", "around a step (GFLOP)", "sharded (GFLOP)", "sharded, of a training step",
     ]  # fmt: skip
     rows = [row for name in models for row in _rows(name, ranks)]
     return markdown_table(headers, rows)
@@ -45,20 +45,20 @@ def _rows(name: str, ranks: Sequence[int]) -> list[list[str]]:
     with torch.device("meta"):
         plain = MODELS[name]()
     model = decorr_fx.transform(plain)
-    sites, every = list(sites_of(model)), DecorrConfig().update_every
-    report = decorr_fx.report(model)
+    sites, every = list(sites_of(model)), Power().update_every
     gradients, own = sum(p.nbytes for p in plain.parameters()), sum(map(_own, sites))
-    held = sum(s.bytes for s in report.sites) / MEBI
+    held = sum(site.bytes for site in decorr_fx.report(model).sites) / MEBI
     found = []
     for count in ranks:
         rows = sum(_row_bytes(site, count) for site in sites) / MEBI
-        sent, looking = exchanged_bytes(sites, count), _looking(sites, count)
+        sent, moving = exchanged_bytes(sites, count), _moving(sites, count)
         part = sent / (2 * gradients * (count - 1) / count) if count > 1 else 0
-        whole, sharded = (looking + sum(_following(site, holders) for site in sites) for holders in (1, count))
+        whole, sharded = (sum(_around(site, holders) for site in sites) for holders in (1, count))
         found.append([
             name if count == ranks[0] else "", f"{count:,}", f"{held:,.0f}", f"{rows:,.0f}",
             *((f"{sent / MEBI:,.1f}", f"{part:.1%}", f"{part / every:.2%}") if count > 1 else "---"),
-            f"{whole / GIGA:,.1f}", f"{sharded / GIGA:,.1f}", f"{sharded / every / own:.3%}",
+            f"{moving / GIGA:,.1f}", f"{whole / GIGA:,.1f}", f"{sharded / GIGA:,.1f}",
+            f"{(sharded + moving / every) / own:.3%}",
         ])  # fmt: skip
     return found
 
@@ -68,22 +68,24 @@ def _row_bytes(site: Site, ranks: int) -> int:
 
 
 def _own(site: Site) -> int:
-    return own_flops([weight.layout for weight in site.spec.weights], site.spec.work)
+    return own_flops([weight.layout for weight in site.spec.weights], ASSUMED_ROWS)
 
 
-def _looking(sites: Sequence[Site], ranks: int) -> int:
-    """Return the FLOP of looking at rows, on the rank that has most to do."""
-    maker, loads = makers(sites, ranks), [0] * ranks
-    for site, rank in maker.items():
-        loads[rank] += look_flops(site)
-    return max(loads) + sum(look_flops(site) for site in sites if site not in maker)
+def _moving(sites: Sequence[Site], ranks: int) -> int:
+    """Return the FLOP of reading the rows of a move of R, on the rank that has most to do."""
+    owner, loads = owner_ranks(sites, ranks), [0] * ranks
+    for site, rank in owner.items():
+        loads[rank] += update_flops(site)
+    return max(loads) + sum(update_flops(site) for site in sites if site not in owner)
 
 
-def _following(site: Site, holders: int) -> int:
-    """Return the FLOP of V and of weights that follow, on one of the ranks that hold the weights together."""
+def _around(site: Site, holders: int) -> int:
+    """Return the FLOP of the products around a step, on one of the ranks that hold the weights together."""
     layouts = [weight.layout for weight in site.spec.weights]
     held = [replace(layout, d_out=-(-layout.d_out // holders)) for layout in layouts]
-    return move_flops(held, site.spec.work, site.spec.config) - look_flops(site)
+    rule = site.spec.rule
+    assert isinstance(rule, Power)
+    return around_flops(held, used_rank(site.spec.layout.rank, ASSUMED_ROWS, rule.cost_budget))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 tune = [0]                     # seeds that learning rates are chosen on
 seeds = [0, 1, 2]              # seeds of what was chosen
 evaluations = 20               # of a run, on the validation split
-[methods.power]                # besides "plain"; fields of DecorrConfig,
-rule = "power"
+[methods.dbp]                  # besides "plain": a rule, "power" where none is named,
+rule = "dbp"
+kappa = 0.2                    # settings of that rule,
+[methods.calibrated]
 calibrate = 8                  # and on how many batches R is set before training
 [[grid]]
 workloads = ["cnn"]
 optimizers = ["adam"]
-methods = ["plain", "power"]
+methods = ["plain", "dbp", "calibrated"]
 lr = [1e-3, 3e-3, 1e-2]
 """
 
@@ -20,12 +22,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from decorr_fx import ConfigError, DecorrConfig
+from decorr_fx import ConfigError, Power, Rule
 from tools.common.errors import UsageError
 from tools.common.optimizers import OPTIMIZERS
+from tools.common.rules import make_rule
 from tools.study.workloads import WORKLOADS
 
-PLAIN, CALIBRATE = "plain", "calibrate"
+PLAIN, RULE, CALIBRATE = "plain", "rule", "calibrate"
 GOAL = "adam"  # the optimizer by whose best plain accuracy everything on a workload is compared
 
 
@@ -128,15 +131,26 @@ def _check_method(method: str, settings: Any) -> None:
     if not isinstance(settings, dict):
         raise UsageError(f"method {method!r} is {settings!r}; use a table")
     try:
-        config = DecorrConfig(**{field: value for field, value in settings.items() if field != CALIBRATE})
-    except (ConfigError, TypeError) as error:
+        rule = rule_of(settings)
+    except (ConfigError, UsageError) as error:
         raise UsageError(f"method {method!r}: {error}") from None
     if CALIBRATE not in settings:
         return
     if _numbers({CALIBRATE: [settings[CALIBRATE]]}, CALIBRATE, int, None) == [0]:
         raise UsageError(f"method {method!r}: {CALIBRATE} is 0; use at least 1")
-    if config.rule != "power" or config.center or not config.preserve_function:
-        raise UsageError(f"method {method!r}: {CALIBRATE} is for the rule power, not centred, with weights that follow")
+    if not isinstance(rule, Power) or not rule.preserve_function:
+        raise UsageError(f"method {method!r}: {CALIBRATE} is for the rule power that preserves the function")
+
+
+def rule_of(settings: Mapping[str, Any]) -> Rule:
+    """Return the rule of a method.
+
+    Raises:
+        UsageError: there is no such rule, or it has no such setting.
+        ConfigError: a value is out of its range.
+    """
+    own = {name: value for name, value in settings.items() if name not in (RULE, CALIBRATE)}
+    return make_rule(settings.get(RULE, "power"), own)
 
 
 def _races(blocks: list[Any], methods: Mapping[str, Any]) -> tuple[Race, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import decorr_fx
-from tools.study.grid import CALIBRATE, PLAIN, Run
+from tools.study.grid import CALIBRATE, PLAIN, Run, rule_of
 from tools.study.workloads import WORKLOADS, Source, Workload
 from tools.train.loop import Contender, score_of
 from tools.train.settings import Settings, parse_settings
@@ -24,16 +24,16 @@ def contender_of(run: Run, steps: int) -> Contender:
     Its clock shows what calibrating took.
     """
     torch.manual_seed(run.seed)
-    workload, config = WORKLOADS[run.workload], dict(run.config)
+    workload = WORKLOADS[run.workload]
     model, seconds = workload.build(), 0.0
     if run.method != PLAIN:
+        model = decorr_fx.transform(model, rule_of(run.config))
+    if CALIBRATE in run.config:
         batches = workload.data.load(run.seed).training_batches(workload.batch_size, run.seed, CPU)
-        inputs = [x for x, _ in islice(batches, config.pop(CALIBRATE, 1))]
-        model = decorr_fx.transform(model, decorr_fx.DecorrConfig(**config), example_inputs=inputs[0])
-        if CALIBRATE in run.config:
-            start = perf_counter()
-            decorr_fx.calibrate(model, inputs)
-            seconds = perf_counter() - start
+        inputs = [x for x, _ in islice(batches, run.config[CALIBRATE])]
+        start = perf_counter()
+        decorr_fx.calibrate(model, inputs)
+        seconds = perf_counter() - start
     contender = Contender(run.method, model, _settings(run), steps)
     contender.seconds = seconds
     return contender

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from tools.common.mlp import wide_mlp
 from tools.common.resnet import CLASSES, narrow_resnet
 from tools.study.text import CharacterModel, Text
 from tools.train.data import Batch, Split
@@ -52,13 +52,6 @@ class Dataset:
 
     load: Callable[[int], Source]
     check: Callable[[], None] = lambda: None
-
-
-def wide_mlp() -> nn.Module:
-    """Return three hidden layers of 512 units."""
-    sizes = (784, 512, 512, 512)
-    hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(512, CLASSES))
 
 
 def _fashion(seed: int) -> Source:

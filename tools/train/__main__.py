@@ -2,7 +2,7 @@
 
     python -m tools.train                                        digits, a small cnn, both methods: under a minute
     python -m tools.train --data fashion-mnist                   a data set that Debian ships: some minutes
-    python -m tools.train --model vit --kappa 0.2 --amp          see --help
+    python -m tools.train --model vit --rank 16 --amp            see --help
     torchrun --nproc-per-node 2 -m tools.train                   several processes, which share each batch
 
 Writes metrics.jsonl, curves.png, correlations.png, model.onnx and checkpoint.pt into --out; --resume goes on from it.
@@ -91,7 +91,7 @@ def run(settings: Settings) -> int:
 
 def prepare(settings: Settings) -> Job:
     """Load the data, make the models from one and the same initial weights, and open the folder."""
-    device, config = settings.torch_device(), settings.decorr_config()
+    device = settings.torch_device()
     data = load_data(settings)
     data = data if is_own(settings.model) else data.coloured()
     steps = settings.epochs * data.steps_per_epoch(settings.batch_size)
@@ -100,7 +100,7 @@ def prepare(settings: Settings) -> Job:
     torch.manual_seed(settings.seed)
     model = build_model(settings.model, data.shape, data.classes, settings.batch_size, settings.batch_norm).to(device)
     measured, _ = next(data.batches("train", MEASURED_IMAGES, device))
-    models = {name: _of_method(name, model, measured, settings) for name in settings.methods}
+    models = {name: _of_method(name, model, settings) for name in settings.methods}
     contenders = [Contender(name, of_method, settings, steps) for name, of_method in models.items()]
     if settings.resume:
         load_checkpoint(settings.checkpoint, settings, contenders)
@@ -108,14 +108,12 @@ def prepare(settings: Settings) -> Job:
     metrics.header(settings, steps, sum(p.numel() for p in model.parameters()))
     for evaluation in sorted((e for one in contenders for e in one.history), key=lambda e: e.step):
         metrics.append("evaluation", asdict(evaluation))
-    return Job(settings, data, contenders, metrics, measured, measure_correlations(model, measured, config))
+    return Job(settings, data, contenders, metrics, measured, measure_correlations(model, measured, settings.rule))
 
 
-def _of_method(method: str, model: nn.Module, images: Tensor, settings: Settings) -> nn.Module:
+def _of_method(method: str, model: nn.Module, settings: Settings) -> nn.Module:
     own = deepcopy(model)
-    if method == "bp":
-        return own
-    return decorr_fx.transform(own, settings.decorr_config(), example_inputs=images)
+    return own if method == "bp" else decorr_fx.transform(own, settings.rule)
 
 
 def _open_folder(settings: Settings) -> Metrics:
@@ -142,7 +140,7 @@ def _race_with_progress(job: Job) -> None:
 
 
 def _deliverables(job: Job) -> dict[str, nn.Module]:
-    """Return the plain model that each method leaves: R is folded into the weights."""
+    """Return the plain model that each method leaves."""
     models = {contender.method: contender.model for contender in job.contenders}
     return {name: decorr_fx.fold(model) if name == "decorr" else model for name, model in models.items()}
 
@@ -161,11 +159,12 @@ def _tell(job: Job, console: Console, tests: dict[str, Score]) -> None:
 
 
 def _draw_correlations(job: Job, console: Console) -> None:
-    config = job.settings.decorr_config()
     stages = {"before training": job.at_start}
     for contender in job.contenders:
-        stages[f"after {NAMES[contender.method]}"] = measure_correlations(contender.model, job.measured, config)
-    title = "Inputs of a few layers, as their weights see them: correlation of features over rows"
+        stages[f"after {NAMES[contender.method]}"] = measure_correlations(
+            contender.model, job.measured, job.settings.rule
+        )
+    title = "Inputs of a few layers, in the coordinates that the optimizer works in: correlation of features over rows"
     draw_correlations(job.settings.out / "correlations.png", stages, title)
     told = ", ".join(f"{mean_of(correlations):.2g} {stage}" for stage, correlations in stages.items())
     console.print(f"mean r² of the inputs over {len(job.at_start)} layers: {told}", soft_wrap=True, highlight=False)

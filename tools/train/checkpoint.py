@@ -1,7 +1,6 @@
 """The checkpoint of a run: what it needs to go on from its last evaluation, with the same numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -60,11 +59,11 @@ def _check_whole(path: Path) -> None:
 
 def _trained(settings: Settings) -> dict[str, Any]:
     """Return the settings that the numbers of a run depend on, under their names on the command line."""
-    return {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in WHERE}
+    return {name: value for name, value in settings.by_option().items() if name not in WHERE}
 
 
 def _check(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    for name in now:
-        if before.get(name) != now[name]:
+    for name in sorted(now.keys() | before.keys(), key=lambda name: name != "rule"):  # which has other settings
+        if before.get(name) != now.get(name):
             was, option = before.get(name), f"--{name.replace('_', '-')}"
-            raise UsageError(f"--resume: {path} was trained with {option} {was}, not {now[name]}; use the same")
+            raise UsageError(f"--resume: {path} was trained with {option} {was}, not {now.get(name)}; use the same")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import decorr_fx
-from decorr_fx import DecorrConfig
-from decorr_fx.ops.layout import decorrelate_rows, stack_rows, unfold_mode
+from decorr_fx import Rule
+from decorr_fx.ops.layout import stack_rows, unfold_mode
 from decorr_fx.runtime.site.state import Site, sites_of
 
 
@@ -31,19 +31,22 @@ class Correlation:
         return float(self.matrix.triu(1).square().sum()) / max(d * (d - 1) / 2, 1)
 
 
-def measure_correlations(model: nn.Module, images: Tensor, config: DecorrConfig) -> list[Correlation]:
+def measure_correlations(model: nn.Module, images: Tensor, rule: Rule) -> list[Correlation]:
     """Return the correlations in z = R x of every layer that decorrelation works on, for one batch of images.
 
-    The model is not changed. A plain one is measured where `config` would decorrelate, with R the identity. Where R has
+    The model is not changed. A plain one is measured where `rule` would decorrelate, with R the identity. Where R has
     blocks it is the first one, where it is a Kronecker pair it is the channels.
     """
     probe = deepcopy(model)  # a forward in training mode moves the statistics of BatchNorm
     if next(sites_of(probe), None) is None:
-        probe = decorr_fx.transform(probe, config, example_inputs=images)
+        decorr_fx.transform_(probe, rule)
     for site in sites_of(probe):
-        site.reset_counters()  # which rows are recorded, and when, depends on them: always the same ones, and now
+        site.steps.zero_()  # by which rows are chosen: always the same ones
+        site.schedule.restart(0)  # a move is due, and so rows are recorded
+        site.begin_recording()
+        site.recording_all = True
     probe.train()
-    with torch.no_grad(), decorr_fx.paused(probe):
+    with torch.no_grad():
         probe(images)
         return [Correlation(site.spec.fqn, _correlate(_features(site))) for site in sites_of(probe)]
 
@@ -58,7 +61,7 @@ def _features(site: Site) -> Tensor:
     x = stack_rows(site.rows[None, : int(site.seen)], site.spec.layout)
     if site.spec.demeaned:
         x = x - x.mean(1, keepdim=True)
-    return unfold_mode(decorrelate_rows(x, site.factors, site.spec.layout), 0, len(x))[0]
+    return unfold_mode(site.matrix().transposed.times(x), 0, len(x))[0]
 
 
 def _correlate(z: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,4 +29,4 @@ class Metrics:
         device = settings.torch_device()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         machine = {"torch": torch.__version__, "on": name, "threads": torch.get_num_threads()}
-        self.append("settings", {**asdict(settings), **machine, "steps": steps, "parameters": parameters})
+        self.append("settings", {**settings.by_option(), **machine, "steps": steps, "parameters": parameters})

@@ -2,21 +2,21 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import torch
 
-from decorr_fx import DecorrConfig
-from decorr_fx.config import RuleName, StructureName
+from decorr_fx import Rule
 from tools.common.arguments import natural, non_negative, positive, positive_int
 from tools.common.devices import device_named
 from tools.common.errors import UsageError
 from tools.common.ranks import local_rank
+from tools.common.rules import name_of
+from tools.train.rule_options import add_rule_options, take_rule
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
-PRESET = DecorrConfig()  # the library's defaults are the tool's
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,7 @@ class Settings:
     device: str
     compile: bool
     amp: bool
-    rule: RuleName
-    rank: int
-    structure: StructureName
-    cost_budget: float
-    decor_lr: float
-    kappa: float
-    power: float
-    damping: float
-    sample_fraction: float
-    max_samples: int
-    max_dim: int
-    update_every: int
-    center: bool
-    preserve_function: bool
+    rule: Rule
     out: Path
     resume: bool
     timeout: float
@@ -69,10 +56,9 @@ class Settings:
         """The file to go on from."""
         return self.out / "checkpoint.pt"
 
-    def decorr_config(self) -> DecorrConfig:
-        """Return the settings of decorrelation; raises `ConfigError` where one is out of range."""
-        names = {field.name for field in fields(DecorrConfig)}
-        return DecorrConfig(**{name: value for name, value in vars(self).items() if name in names})
+    def by_option(self) -> dict[str, Any]:
+        """Return all settings under the names of the command line's options, those of the rule among them."""
+        return {**vars(self), **asdict(self.rule), "rule": name_of(self.rule)}
 
     def torch_device(self) -> torch.device:
         """Return the device to train on, checked."""
@@ -85,7 +71,12 @@ class Settings:
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> Settings:
-    """Return the settings that the command line asks for; exits with code 2 where it is wrong."""
+    """Return the settings that the command line asks for; exits with code 2 where it is wrong.
+
+    Raises:
+        UsageError: an option is one of another rule.
+        ConfigError: a setting of the rule is out of its range.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tools.train",
         usage="%(prog)s [options]   (see --help)",
@@ -95,9 +86,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     )
     _add_data(parser)
     _add_training(parser)
-    _add_decorrelation(parser)
+    add_rule_options(parser)
     given = vars(parser.parse_args(argv))
-    return Settings(**{"epochs": 30 if given["data"] == "digits" else 2, **given})
+    rule = take_rule(given)
+    return Settings(**{"epochs": 30 if given["data"] == "digits" else 2, "rule": rule, **given})
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -137,26 +129,3 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
                        help="seconds that a rank of torchrun waits for another one")  # fmt: skip
     group.add_argument("--compile", action="store_true", help="train through torch.compile")
     group.add_argument("--amp", action="store_true", help="train under bfloat16 autocast")
-
-
-def _add_decorrelation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("decorrelation: see decorr_fx.DecorrConfig")
-    group.add_argument("--rule", choices=get_args(RuleName), default=PRESET.rule, help="what a step of R does")
-    group.add_argument("--rank", type=int, default=PRESET.rank, help="directions that the rule power shrinks")
-    group.add_argument(
-        "--structure", choices=get_args(StructureName), default=PRESET.structure, help="shape of R of the other rules"
-    )
-    group.add_argument("--cost-budget", type=float, default=PRESET.cost_budget, help="extra FLOP that auto may take")
-    group.add_argument(
-        "--decor-lr", type=float, default=PRESET.decor_lr, help="step size of R, or rate of the rule power"
-    )
-    group.add_argument("--kappa", type=float, default=PRESET.kappa, help="weight of the variance error, in [0, 1]")
-    group.add_argument("--power", type=float, default=PRESET.power, help="exponent of the rule power, in [0, 0.5]")
-    group.add_argument("--damping", type=float, default=PRESET.damping, help="of the rule power")
-    group.add_argument("--sample-fraction", type=float, default=PRESET.sample_fraction, help="part of rows recorded")
-    group.add_argument("--max-samples", type=int, default=PRESET.max_samples, help="most rows a layer keeps")
-    group.add_argument("--max-dim", type=int, default=PRESET.max_dim, help="largest side of a factor of R")
-    group.add_argument("--update-every", type=int, default=PRESET.update_every, help="R moves at one of n steps")
-    group.add_argument("--center", action="store_true", help="subtract the running mean of the rows, too")
-    group.add_argument("--no-preserve-function", dest="preserve_function", action="store_false",
-                       help="do not let W follow the steps of R")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Check whole libraries of models: transform, one training step, fold, reload and export each, with random weights.
+"""Check whole libraries of models: transform, two training steps, fold, reload and export each, with random weights.
 
     python -m tools.zoo --library torchvision --jobs 2      all of its models
     python -m tools.zoo --library timm -k "resnet or vit"   those with one of these words in their name

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import decorr_fx
-from tools.zoo.compare import Failed, all_finite, largest_error, require_close, seed_all
+from tools.zoo.compare import TOLERANCE, Failed, all_finite, require_close, seed_all
 from tools.zoo.examples import Example
 from tools.zoo.export import check_onnx, count_graph_breaks
 from tools.zoo.record import Record, grouped
 from tools.zoo.settings import Limits
-from tools.zoo.step import train_one_step
+from tools.zoo.step import train_two_steps
 from tools.zoo.subject import Subject, some
 from tools.zoo.weights import WeightFinder, layer_weights, parameter_names, split_weights
 
@@ -70,7 +70,7 @@ def _run_stages(stages: Stages, build: Callable[[], Example], limits: Limits) ->
     with stage("eval"):
         compare_in_mode(subject, "eval")
     with stage("step"):
-        train_one_step(subject)
+        train_two_steps(subject)
     with stage("fold"):
         fold(subject)
     with stage("reload"):
@@ -120,7 +120,10 @@ def _find_weights(subject: Subject) -> list[list[str]]:
 
 
 def compare_in_mode(subject: Subject, mode: str) -> None:
-    """Compare the outputs of the plain and the transformed model, from the same seed."""
+    """Compare the outputs of the plain and the transformed model, from the same seed; in eval mode they are equal.
+
+    In train mode attention does not take the kernel that has no forward of its own layers.
+    """
     outputs = []
     for model in (subject.plain, subject.transformed):
         model.train(mode == "train")
@@ -128,12 +131,12 @@ def compare_in_mode(subject: Subject, mode: str) -> None:
         with torch.no_grad():
             outputs.append(subject.example.call(model))
     subject.record.finite &= all_finite(outputs[0])
-    error = require_close(outputs[1], outputs[0], f"outputs in {mode} mode")
-    subject.record.errors[mode] = error
+    allowed = TOLERANCE if mode == "train" else 0
+    subject.record.errors[mode] = require_close(outputs[1], outputs[0], f"outputs in {mode} mode", allowed)
 
 
 def fold(subject: Subject) -> None:
-    """Fold the model, and compare what it is and what it computes."""
+    """Fold the model, which has to be what the plain model is and to compute exactly what the transformed one does."""
     subject.transformed.eval()
     folded = decorr_fx.fold(subject.transformed)
     folded.eval()
@@ -144,7 +147,7 @@ def fold(subject: Subject) -> None:
         raise Failed(f"its state_dict has other keys: {some(sorted(different))}")
     with torch.no_grad():
         outputs = [_probed(subject.example, model) for model in (folded, subject.transformed)]
-    subject.record.errors["fold"] = require_close(outputs[0], outputs[1], "outputs after folding")
+    subject.record.errors["fold"] = require_close(outputs[0], outputs[1], "outputs after folding", 0)
     subject.folded = folded
 
 
@@ -155,9 +158,7 @@ def reload(subject: Subject) -> None:
     subject.plain.load_state_dict(subject.folded.state_dict(), strict=True)
     with torch.no_grad():
         outputs = [_probed(subject.example, model) for model in (subject.plain, subject.folded)]
-    error = largest_error(outputs[0], outputs[1])
-    if error != 0:
-        raise Failed(f"outputs after reloading differ by {error:.2g} of the largest (allowed: 0)")
+    require_close(outputs[0], outputs[1], "outputs after reloading", 0)
     subject.folded = None  # its memory is needed for the export
 
 

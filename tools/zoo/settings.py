@@ -62,7 +62,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> Settings:
     """Return the settings that the command line asks for; exits with code 2 where it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.zoo",
-        description="Transform, train for a step, fold and export every model of a library, with random weights; each "
+        description="Transform, train, fold and export every model of a library, with random weights; each "
         "in a process of its own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,9 +1,13 @@
-"""The stage of training: one step of SGD, after which every R and every weight with a gradient has to have moved."""
+"""The stage of training: two steps of SGD, at each of which every R moves whose weight has a gradient.
 
+The first step begins with the identity as R. At the second one gradients and moves of the weights go through R.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import decorr_fx
 from tools.zoo.compare import Failed, seed_all
@@ -11,24 +15,34 @@ from tools.zoo.examples import float_tensors
 from tools.zoo.subject import Subject, some
 
 LEARNING_RATE = 1e-3
-FACTORS = ("V", "R", "A", "S")
+FACTORS = ("U", "R", "A", "S")  # of R, as they are called where they are saved
 
 
-def train_one_step(subject: Subject) -> None:
-    """Take one step of SGD; every R and every weight with a gradient has to move."""
+def train_two_steps(subject: Subject) -> None:
+    """Take two steps of SGD; at each every R has to move whose weight has a gradient."""
     model = subject.transformed
     model.train()
-    before = _factors(subject)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    _step(subject, optimizer)
+    _check_parameters_moved(subject)
+    optimizer.zero_grad(set_to_none=True)
+    _step(subject, optimizer)
+    if lost := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise Failed(f"{len(lost)} parameters are not finite after two steps: {some(lost)}")
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _step(subject: Subject, optimizer: torch.optim.Optimizer) -> None:
+    model = subject.transformed
+    factors, steps = _factors(subject), _steps(model)
     seed_all()
     loss = _loss(subject.example.call(model))
     if not loss.isfinite():
         raise Failed(f"the loss is {loss.item()}")
     loss.backward()
-    moved = _with_gradient(subject)
+    with_gradient = _with_gradient(model)
     optimizer.step()
-    _check_steps(subject, moved, before)
-    optimizer.zero_grad(set_to_none=True)
+    _check_steps(subject, with_gradient, factors, steps)
 
 
 def _loss(outputs: Any) -> Tensor:
@@ -38,33 +52,39 @@ def _loss(outputs: Any) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def _with_gradient(subject: Subject) -> set[str]:
+def _with_gradient(model: nn.Module) -> set[str]:
     """Return the names of the parameters that have a gradient."""
-    own = subject.transformed.named_parameters(remove_duplicate=False)
+    own = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in own if parameter.grad is not None}
 
 
 def _factors(subject: Subject) -> dict[str, Tensor]:
-    """Return copies of the factors of every R, or of V: they are saved under these names."""
-    keys = subject.transformed.state_dict().keys() - subject.plain.state_dict().keys()
+    """Return copies of the factors of every R."""
     state = subject.transformed.state_dict()
+    keys = decorr_fx.state_keys(subject.transformed)
     return {key: state[key].clone() for key in keys if key.rpartition(".")[2] in FACTORS}
 
 
-def _check_steps(subject: Subject, moved: set[str], before: dict[str, Tensor]) -> None:
+def _steps(model: nn.Module) -> dict[str, int]:
+    """Return how many steps each R has taken, by the name of its site."""
+    return {site.fqn: site.steps for site in decorr_fx.stats(model)}
+
+
+def _check_steps(
+    subject: Subject, with_gradient: set[str], before: Mapping[str, Tensor], steps: Mapping[str, int]
+) -> None:
     stats = decorr_fx.stats(subject.transformed)
     if refused := [site.fqn for site in stats if site.refused]:
         raise Failed(f"{len(refused)} sites refused their step: {some(refused)}")
-    due = {name for names in subject.weights if moved.intersection(names) for name in names}
-    still = [site.fqn for site in stats if site.steps != 1 and _is_due(site.fqn, due)]
+    due = {name for names in subject.weights if with_gradient.intersection(names) for name in names}
+    stepped = {site.fqn for site in stats if site.steps == steps[site.fqn] + 1}
+    still = [site.fqn for site in stats if site.fqn not in stepped and _is_due(site.fqn, due)]
     if still:
         raise Failed(f"{len(still)} sites whose weight has a gradient took no step: {some(still)}")
-    stepped = sum(site.steps == 1 for site in stats)
     state = subject.transformed.state_dict()
     changed = sum(not torch.equal(state[key], value) for key, value in before.items())
-    if changed < stepped:
-        raise Failed(f"{stepped} sites took a step, and only {changed} factors of R changed")
-    _check_parameters_moved(subject)
+    if changed < len(stepped):
+        raise Failed(f"{len(stepped)} sites took a step, and only {changed} factors of R changed")
 
 
 def _is_due(site: str, due: set[str]) -> bool:
@@ -72,6 +92,7 @@ def _is_due(site: str, due: set[str]) -> bool:
 
 
 def _check_parameters_moved(subject: Subject) -> None:
+    """Check the weights after the first step, whose gradients are those of the plain model."""
     start = dict(subject.plain.named_parameters())
     still = []
     for name, parameter in subject.transformed.named_parameters():
