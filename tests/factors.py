@@ -54,15 +54,15 @@ def sites(draw: st.DrawFn) -> Drawn:
     return Drawn(factors, x, used)
 
 
-def dense_R(V: Tensor) -> Tensor:
-    """Return R of `V [rank, d]` as one matrix."""
-    return torch.eye(V.shape[1], dtype=V.dtype) - V.T @ V
+def dense_R(U: Tensor) -> Tensor:
+    """Return R of `U [rank, d]` as one matrix."""
+    return torch.eye(U.shape[1], dtype=U.dtype) - U.T @ U
 
 
 def is_identity(site: Site) -> bool:
-    """Tell whether R has never moved."""
+    """Tell whether R is the identity, as its buffers have it."""
     identity = identity_factors(site.spec.layout, site.rows.device, site.rows.dtype)
-    return all(torch.equal(factor, start) for factor, start in zip(site.factors, identity, strict=True))
+    return all(torch.equal(factor, start) for factor, start in zip(site.state, identity, strict=False))
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

@@ -18,8 +18,10 @@ SOURCES = {
 }
 # A module belongs to the longest of these names that it starts with; it may import its own room and those before it.
 ROOMS = [
-    "errors", "config", "inputs", "ops", "ops.rules", "ops.prune", "runtime.site", "runtime.step", "runtime",
-    "passes.base", "passes.copies", "passes.capture", "passes.match", "passes.plan", "passes.rewrite", "passes", "api",
+    "errors", "config", "inputs", "ops", "ops.rules", "ops.prune", "runtime.private", "runtime.site",
+    "runtime.step", "runtime",
+    "passes.base", "passes.copies", "passes.capture", "passes.match", "passes.plan", "passes.rewrite", "passes",
+    "inspection", "api",
 ]  # fmt: skip
 STDLIB_AND_TORCH = {"torch", *sys.stdlib_module_names}
 FORBIDDEN = {"ops": {"torch.fx", "torch.distributed", "onnx"}, "runtime": {"torch.fx", "onnx"}}

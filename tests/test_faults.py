@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import decorr_fx
-from decorr_fx import DecorrConfig
+from decorr_fx import Crgd, Dbp, Power, Rule
 from decorr_fx.runtime.site.state import sites_of
 
-CONFIGS = [
-    DecorrConfig(update_every=2),
-    DecorrConfig(rule="dbp", structure="full", decor_lr=0.1, update_every=2),
-    DecorrConfig(rule="crgd", structure="kronecker", decor_lr=0.01, update_every=2),
+RULES = [
+    Power(update_every=2),
+    Power(update_every=2, gradient_gain=1.0),
+    Dbp(structure="full", decor_lr=0.1, update_every=2),
+    Crgd(structure="kronecker", decor_lr=0.01, update_every=2),
 ]
+rules = pytest.mark.parametrize("rule", RULES, ids=["Power", "Power with gain", "Dbp", "Crgd"])
 Change = Callable[[Tensor], Tensor]
 
 BAD: dict[str, Change] = {
@@ -45,13 +47,13 @@ def as_it_is(x: Tensor) -> Tensor:
 class Run:
     """A small net that learns which half of a picture is brighter; no step is taken where the loss is not finite."""
 
-    def __init__(self, config: DecorrConfig, seed: int = 0) -> None:
+    def __init__(self, rule: Rule, seed: int = 0) -> None:
         torch.manual_seed(seed)
         net = nn.Sequential(
             nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.ReLU(),
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2),
         )  # fmt: skip
-        self.model = decorr_fx.transform(net, config)
+        self.model = decorr_fx.transform(net, rule)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
 
     def step(self, change: Change = as_it_is) -> float:
@@ -91,10 +93,10 @@ class Run:
         assert len(list(sites_of(self.model))) == 3
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.rule)
+@rules
 @pytest.mark.parametrize("fault", BAD)
-def test_a_batch_that_is_not_finite_moves_nothing_and_training_goes_on(fault: str, config: DecorrConfig) -> None:
-    run = Run(config)
+def test_a_batch_that_is_not_finite_moves_nothing_and_training_goes_on(fault: str, rule: Rule) -> None:
+    run = Run(rule)
     first = run.loss()
     before = copy.deepcopy(run.model.state_dict())
     assert not torch.tensor(run.step(BAD[fault])).isfinite()
@@ -106,10 +108,10 @@ def test_a_batch_that_is_not_finite_moves_nothing_and_training_goes_on(fault: st
     assert run.loss() < 0.9 * first
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.rule)
+@rules
 @pytest.mark.parametrize("fault", ODD)
-def test_an_odd_batch_is_a_batch(fault: str, config: DecorrConfig) -> None:
-    run = Run(config)
+def test_an_odd_batch_is_a_batch(fault: str, rule: Rule) -> None:
+    run = Run(rule)
     first = run.loss()
     for _ in range(10):
         assert torch.tensor(run.step(ODD[fault])).isfinite()
@@ -118,11 +120,11 @@ def test_an_odd_batch_is_a_batch(fault: str, config: DecorrConfig) -> None:
     assert run.refused == 0
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.rule)
+@rules
 def test_an_exploding_learning_rate_leaves_R_finite_and_the_last_checkpoint_brings_all_back(
-    config: DecorrConfig,
+    rule: Rule,
 ) -> None:
-    run = Run(config)
+    run = Run(rule)
     run.loss()
     saved = run.save()
     torch.manual_seed(1)
@@ -138,7 +140,7 @@ def test_an_exploding_learning_rate_leaves_R_finite_and_the_last_checkpoint_brin
 
 
 def test_twenty_thousand_steps_with_random_faults_end_finite_and_take_no_more_memory() -> None:
-    run, chance = Run(DecorrConfig()), random.Random(0)
+    run, chance = Run(Power()), random.Random(0)
     process, faults = psutil.Process(), [*BAD.values(), *ODD.values()]
     first, good, refused, early = run.loss(), run.save(), 0, 0
     for step in range(20_000):

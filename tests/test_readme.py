@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 QUICKSTART, SETTINGS, MANY_GPUS, FOLD_SHARDED, PRUNE, ADAPTER = SNIPPETS
+RULES = {rule.__name__: rule for rule in (decorr_fx.Power, decorr_fx.Dbp, decorr_fx.Crgd)}
 
 
 def test_the_quickstart_runs_and_is_on_the_first_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,14 +79,13 @@ def test_the_adapter_makes_a_site_of_its_layer(
     torch.testing.assert_close(decorr_fx.transform(plain)(x), plain(x))
 
 
-def test_the_table_of_settings_is_that_of_the_config() -> None:
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`[^|]*`) \|", README, flags=re.MULTILINE)
-    table = {
-        name.strip("`"): default.strip("`")
-        for names, defaults in rows
-        for name, default in zip(names.split(", "), defaults.split(", "), strict=True)
-    }
-    fields = {f.name: repr(f.default).replace("'", '"') for f in dataclasses.fields(decorr_fx.DecorrConfig)}
+def test_the_table_of_settings_lists_every_field_of_the_rules() -> None:
+    table, rules = {}, ["none"]
+    for cell, field, cells in re.findall(r"^\| (.*?) ?\| `(\w+)` \| (`[^|]*`) \|", README, flags=re.MULTILINE):
+        rules = list(RULES) if cell == "all" else re.findall(r"`(\w+)`", cell) or rules  # an empty cell: as above it
+        of_power, *_, of_others = [*(defaults := re.findall(r"`(.*?)`", cells)), *defaults]
+        table |= {(rule, field): of_power if rule == "Power" else of_others for rule in rules}
+    fields = {(name, f.name): repr(f.default) for name, rule in RULES.items() for f in dataclasses.fields(rule)}
     assert table == fields
 
 

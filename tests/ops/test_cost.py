@@ -1,138 +1,167 @@
-from dataclasses import replace
-from math import inf
+from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import drawn_R
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
-import decorr_fx
-from decorr_fx import DecorrConfig
+from decorr_fx import Crgd, Dbp, Power, Rule
+from decorr_fx.ops.calls import layer_signature
+from decorr_fx.ops.coordinates import gradients_to_z, moves_to_x
 from decorr_fx.ops.cost import (
     EIGENVALUES,
-    MEMORY_BOUND,
-    NARROWEST,
-    Work,
-    apply_flops,
+    LARGEST_FULL,
+    around_flops,
     choose_layouts,
-    extra_flops,
     move_flops,
     own_flops,
-    share_of_budget,
-    waiting_flops,
+    used_rank,
 )
 from decorr_fx.ops.layout import Layout
-from decorr_fx.runtime.site.state import sites_of
-from decorr_fx.runtime.step.move import Move, move
+from decorr_fx.ops.low_rank import LowRank
+from decorr_fx.ops.moment import losses
+from decorr_fx.ops.rules.power import State, apply_step, update_moments
+from decorr_fx.ops.rules.small_steps import step_factors
 
 
 def plain_layout(layer: nn.Module) -> Layout:
-    shape, groups = layer.weight.shape, getattr(layer, "groups", 1)
-    return Layout(groups, shape[0] // groups, shape[1], shape[2:].numel())
+    return layer_signature(layer).layout(getattr(layer, "groups", 1), layer.weight.shape)
 
 
 @pytest.mark.parametrize(
-    ("layer", "structure", "max_dim", "expected"),
+    ("layer", "structure", "expected"),
     [
-        (nn.Linear(64, 10), "auto", 512, "full"),
-        (nn.Linear(768, 10), "auto", 512, "block x2"),
-        (nn.Conv2d(16, 16, 3), "auto", 512, "full"),
-        (nn.Conv2d(128, 16, 3), "auto", 512, "kronecker"),
-        (nn.Conv2d(1024, 16, 3), "auto", 512, "kronecker x2"),
-        (nn.Conv2d(32, 32, 31, groups=32), "auto", 512, "full"),
-        (nn.Conv2d(2048, 16, 1), "auto", 512, "block x4"),
-        (nn.Linear(25088, 10, device="meta"), "auto", 512, "block x49"),
-        (nn.Linear(25088, 10, device="meta"), "full", 512, "full"),
-        (nn.Conv2d(1024, 16, 3), "kronecker", 512, "kronecker"),
-        (nn.Conv2d(1024, 16, 3), "channels", 512, "channels"),
-        (nn.Conv2d(64, 16, 3), "block", 90, "block x8"),
-        (nn.Linear(1031, 4), "auto", 256, "full"),  # a prime: nothing but slivers would be equal blocks
+        (nn.Linear(64, 10), None, "full"),
+        (nn.Linear(256, 10), None, "full"),
+        (nn.Linear(768, 10), None, "block x3"),
+        (nn.Conv2d(16, 16, 3), None, "full"),
+        (nn.Conv2d(128, 16, 3), None, "kronecker"),
+        (nn.Conv2d(2048, 16, 1), None, "block x8"),
+        (nn.Conv2d(1, 16, 31), None, "full"),  # a pair over a single channel is one matrix over the taps
+        (nn.Conv2d(32, 32, 31, groups=32), None, "full"),
+        (nn.ConvTranspose2d(128, 16, 3), None, "kronecker"),
+        (nn.Linear(25088, 10, device="meta"), None, "block x98"),
+        (nn.Linear(25088, 10, device="meta"), "full", "full"),
+        (nn.Conv2d(1024, 16, 3), "kronecker", "kronecker"),
+        (nn.Linear(768, 10), "kronecker", "full"),
+        (nn.Conv2d(64, 16, 3), "block", "block x4"),
+        (nn.Conv2d(64, 16, 1), "block", "full"),
+        (nn.Linear(1031, 4), "block", "full"),  # a prime: nothing but slivers would be equal blocks
     ],
 )  # fmt: skip
-def test_the_structure_is_chosen_as_the_docs_say(layer: nn.Module, structure: str, max_dim: int, expected: str) -> None:
-    plain = plain_layout(layer)
-    config = DecorrConfig(rule="dbp", structure=structure, max_dim=max_dim)
-    (layout,) = choose_layouts([plain], config, Work.unknown(plain), affordable=inf)
+@pytest.mark.parametrize("rule", [Dbp, Crgd])
+def test_the_structure_is_chosen_as_the_docs_say(
+    layer: nn.Module, structure: str | None, expected: str, rule: type[Dbp | Crgd]
+) -> None:
+    (layout,) = choose_layouts([plain_layout(layer)], rule(structure=structure))
     assert layout.structure == expected
-    if structure == "auto" and expected != "full":
-        assert max(layout.modes) <= max_dim
+    if layout.blocks > 1:
+        assert max(layout.modes) <= LARGEST_FULL
 
 
-@pytest.mark.parametrize("rows", [128, 512, 4096, 100_000])
-@pytest.mark.parametrize("layer", [nn.Linear(768, 768), nn.Conv2d(512, 512, 3), nn.Conv2d(64, 64, 3)])
-def test_auto_is_the_richest_within_the_budget(layer: nn.Module, rows: int) -> None:
-    plain = plain_layout(layer)
-    work = Work(rows, rows * plain.channels)
-    affordable, dbp = 0.05 * own_flops([plain], work), DecorrConfig(rule="dbp")
-    (layout,) = choose_layouts([plain], dbp, work, affordable)
-    width = layout.channels // layout.blocks
-    assert extra_flops([layout], work, dbp) <= affordable or width == NARROWEST
-    (richer,) = choose_layouts([plain], replace(dbp, max_dim=2 * width), work, affordable=inf)
-    assert width == 256 or richer == layout or extra_flops([richer], work, dbp) > affordable
+@given(st.integers(1, 4000), st.integers(1, 300))
+def test_R_of_low_rank_has_no_more_directions_than_features(features: int, rank: int) -> None:
+    (layout,) = choose_layouts([Layout(1, 3, features)], Power(rank=rank))
+    assert layout.rank == min(rank, features) and not layout.paired and layout.blocks == 1
 
 
-def test_a_factor_over_taps_waits_for_memory_and_is_left_out_where_rows_are_few() -> None:
-    plain, dbp = plain_layout(nn.Conv2d(512, 512, 3)), DecorrConfig(rule="dbp")
-    chosen = {}
-    for rows in (512, 50_000):
-        work = Work(rows, rows * plain.channels)
-        (chosen[rows],) = choose_layouts([plain], dbp, work, 0.05 * own_flops([plain], work))
-    assert not chosen[512].mixes_taps and chosen[512].structure.startswith("channels")
-    assert chosen[50_000].structure == "kronecker x2"
-    assert waiting_flops([chosen[50_000]]) == 4 * 512 * 512 * 9 * (MEMORY_BOUND - 9)
-    assert waiting_flops([chosen[512]]) == waiting_flops([plain]) == 0
+def test_layers_that_share_an_input_have_one_structure() -> None:
+    plain = [Layout(1, 5, 768), Layout(1, 20, 768, transposed=True)]
+    for rule in (Power(), Dbp()):
+        first, second = choose_layouts(plain, rule)
+        assert first.factor_shapes == second.factor_shapes
+        assert (first.d_out, second.d_out, second.transposed) == (5, 20, True)
 
 
-def test_the_shares_add_up_to_the_budget_and_a_small_layer_is_not_starved() -> None:
-    own = [1000, 10, 500]
-    shares = [share_of_budget(own, i, 0.05) for i in range(3)]
-    assert sum(shares) == pytest.approx(0.05 * sum(own))
-    assert shares[1] > 0.5 * own[1]
+@given(st.integers(1, 128), st.integers(1, 100_000), st.floats(0.001, 1.0))
+def test_as_many_directions_are_used_as_the_budget_allows(rank: int, rows: int, cost_budget: float) -> None:
+    used, layout = used_rank(rank, rows, cost_budget), Layout(1, 30, 200, rank=rank)
+    assert 1 <= used <= rank
+    affordable = cost_budget * own_flops([layout], rows)
+    assert used == 1 or around_flops([layout], used) <= affordable * (1 + 1e-12)
+    assert used == rank or around_flops([layout], used + 1) > affordable * (1 - 1e-12)
 
 
-SHAPES = [
-    DecorrConfig(rank=5),
-    *(DecorrConfig(rule="dbp", structure=s, max_dim=24) for s in ("full", "kronecker", "channels", "block")),
-]
+@pytest.mark.parametrize(("rows", "used"), [(1, 1), (64, 2), (512, 19), (2000, 32)])
+def test_few_rows_leave_few_directions_at_the_default_budget(rows: int, used: int) -> None:
+    assert used_rank(Power().rank, rows, Power().cost_budget) == used
 
 
-def shape_of(config: DecorrConfig) -> str:
-    return config.structure if config.rule == "dbp" else "rank"
+RULES = [Power(rank=5), Dbp(structure="full"), Dbp(structure="kronecker"), Dbp(structure="block")]
+LAYERS = [nn.Linear(48, 40), nn.Conv1d(48, 40, 3), nn.Conv2d(12, 8, 3, groups=2), nn.ConvTranspose1d(48, 40, 3)]
 
 
-@pytest.mark.parametrize("positions", [1, 4, 30])
-@pytest.mark.parametrize("config", SHAPES, ids=shape_of)
+def named(rule: Rule) -> str:
+    return "rank" if isinstance(rule, Power) else rule.structure
+
+
+def _product_in_place(rows: object, left: torch.Size, right: torch.Size, **options: object) -> int:
+    """Count what torch's own counter leaves out."""
+    return bmm_flop(left, right)
+
+
+def flops_of(function: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _product_in_place}) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("weights", [1, 2])
+def test_the_products_around_a_step_take_the_flops_that_are_counted(layer: nn.Module, rule: Rule, weights: int) -> None:
+    """Counted by torch, also of two weights that share R."""
+    layouts = choose_layouts([plain_layout(layer)] * weights, rule)
+    layout = layouts[0]
+
+    def around() -> None:
+        for _ in layouts:
+            R, theta = drawn_R(layout, 0, torch.float32), layer.weight.detach().clone()
+            gradients_to_z([torch.randn_like(theta)], R, layout)
+            moves_to_x([theta], [torch.zeros_like(theta)], R, layout)
+
+    assert flops_of(around) == around_flops(layouts, layout.rank)
+
+
+@pytest.mark.parametrize("used", [1, 3])
+def test_fewer_used_directions_take_fewer_flops(used: int) -> None:
+    layout, theta = Layout(1, 40, 48, rank=5), torch.randn(40, 48)
+    R = LowRank(drawn_R(layout, 0, torch.float32).U[:, -used:])
+
+    def around() -> None:
+        gradients_to_z([theta], R, layout)
+        moves_to_x([theta], [torch.zeros_like(theta)], R, layout)
+
+    assert flops_of(around) == around_flops([layout], used)
+
+
+@pytest.mark.parametrize("positions", [4, 30])
 @pytest.mark.parametrize("layer", [nn.Linear(48, 40), nn.Conv1d(48, 40, 3, padding=1), nn.Conv1d(48, 40, 1)])
-def test_applying_R_takes_the_flops_that_are_counted(layer: nn.Module, config: DecorrConfig, positions: int) -> None:
-    """Counted by torch over forward and backward, against the plain layer."""
-    batch = 4
-    x = torch.randn(batch, positions, 48) if isinstance(layer, nn.Linear) else torch.randn(batch, 48, positions)
-    model = decorr_fx.transform(layer, config)
-    (site,) = sites_of(model)
-    counts = []
-    for module in (model, layer):
-        with FlopCounterMode(display=False) as counter:
-            module(x.clone().requires_grad_()).sum().backward()
-        counts.append(counter.get_total_flops())
-    work = Work(batch * positions, x.numel())
-    assert counts[0] - counts[1] == apply_flops([site.spec.layout], work)
-    assert counts[1] == own_flops([site.spec.layout], work) - (layer.bias is None)
+def test_the_layers_own_flops_are_those_of_forward_and_backward(layer: nn.Module, positions: int) -> None:
+    x = torch.randn(4, positions, 48) if isinstance(layer, nn.Linear) else torch.randn(4, 48, positions)
+    own = flops_of(lambda: layer(x.clone().requires_grad_()).sum().backward())
+    assert own == own_flops([plain_layout(layer)], 4 * positions)
 
 
 @pytest.mark.parametrize("rows", [16, 200])
-@pytest.mark.parametrize("config", SHAPES[:4], ids=shape_of)
-def test_moving_R_takes_the_flops_that_are_counted(config: DecorrConfig, rows: int) -> None:
-    """Torch counts products only: inverses and eigenvalues are left out on both sides."""
-    config = replace(config, max_samples=rows)
-    model = decorr_fx.transform(nn.Conv1d(32, 20, 3), config)
-    (site,) = sites_of(model)
-    model(torch.randn(10, 32, 40))
-    with FlopCounterMode(display=False) as counter:
-        move([Move(site, site.recorded(), 0.01)])
-    layout = site.spec.layout
-    counted = move_flops([layout], Work(380, 10 * 32 * 40), config)
-    uncounted = layout.rank**3 + EIGENVALUES * min(rows + layout.rank, layout.d) ** 3 if layout.rank else 0
-    for stacks, m, _ in layout.factor_shapes if not layout.rank else []:
-        n = site.spec.slots * layout.d // (stacks * m)
-        uncounted += stacks * min(n, m) ** 3
-    assert counter.get_total_flops() == counted - uncounted
+@pytest.mark.parametrize("rule", RULES, ids=named)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_moving_R_takes_the_flops_that_are_counted(rule: Rule, rows: int, groups: int) -> None:
+    """Torch counts products only: eigenvalues are left out on both sides."""
+    (layout,) = choose_layouts([Layout(groups, 20, 32, 3)], rule)
+    n = layout.slots(rows)
+    x, count = torch.randn(layout.stacks, n, *layout.modes), torch.full((layout.stacks,), n)
+    R, uncounted = drawn_R(layout, 0, torch.float32), 0
+    if isinstance(rule, Power):
+        ones = torch.ones(layout.stacks)
+        state = State(R.U, torch.ones(R.U.shape[:2]), ones, ones)
+        got = flops_of(
+            lambda: apply_step(update_moments(state, ones, x, count, 0.1, layout.rank)[0], rule, layout.rank)
+        )
+        uncounted = layout.stacks * EIGENVALUES * min(n + layout.rank, layout.d) ** 3
+    else:
+        got = flops_of(lambda: losses(step_factors(R.factors, x, count, rule, 0.01)[1], 1))
+    assert got == move_flops(layout, n) - uncounted

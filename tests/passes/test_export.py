@@ -17,10 +17,11 @@ from decorr_fx.passes import export
 
 def trained(name: str = "cnn") -> tuple[nn.Module, Tensor]:
     case = MODELS[name]
-    model = decorr_fx.transform(case.make(), decorr_fx.DecorrConfig(center=True, decor_lr=0.1))
+    model = decorr_fx.transform(case.make())
     x = torch.randn(case.shape)
     optimizer = torch.optim.Adam(model.parameters())
     for _ in range(3):
+        optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
     return model, x

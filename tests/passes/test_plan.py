@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralModel
 
 import decorr_fx
-from decorr_fx import ConfigError, DecorrConfig, LayerError, ModelError
+from decorr_fx import ConfigError, Dbp, LayerError, ModelError, Power
 from decorr_fx.runtime.site.state import sites_of
 
 
@@ -22,7 +22,7 @@ def with_a_site(module: nn.Module) -> nn.Module:
 
 def test_the_report_is_the_plan_before_and_the_fact_after() -> None:
     plain = small_cnn()
-    arguments = {"config": DecorrConfig(rule="dbp", structure="kronecker"), "overrides": {"8": None}}
+    arguments = {"rule": Dbp(structure="kronecker"), "overrides": {"8": None}}
     plan = decorr_fx.report(plain, **arguments)
     fact = decorr_fx.report(decorr_fx.transform(plain, **arguments))
     assert plan == fact
@@ -31,8 +31,8 @@ def test_the_report_is_the_plan_before_and_the_fact_after() -> None:
     first = plan.sites[0]
     assert (first.fqn, first.kind, first.d, first.groups, first.structure) == ("0", "conv2d", 27, 1, "kronecker")
     assert first.bytes == 4 * (3 * 3 + 9 * 9)
-    default = decorr_fx.report(plain, DecorrConfig(rank=5)).sites[0]
-    assert (default.structure, default.bytes) == ("rank 5", 4 * (5 * 27 + 5 + 1))  # V, and what is remembered
+    default = decorr_fx.report(plain, Power(rank=5)).sites[0]
+    assert (default.structure, default.bytes) == ("rank 5", 4 * (5 * 27 + 5 + 1))  # U, and what is remembered
     assert plan.sites[1].groups == 8
     table = str(plan)
     assert "conv2d" in table
@@ -48,10 +48,10 @@ def test_filter_and_overrides_choose_layers_and_settings() -> None:
         return not isinstance(module, nn.Linear)
 
     model = decorr_fx.transform(
-        small_cnn(), filter_fn=no_linear, overrides={"3": DecorrConfig(kappa=0.1), "[0-9]": DecorrConfig(kappa=0.2)}
+        small_cnn(), filter_fn=no_linear, overrides={"[0-9]": Power(rank=2), "3": Power(rank=1)}
     )
     assert (nn.Linear, "8") in seen
-    assert {s.spec.fqn: s.spec.config.kappa for s in sites_of(model)} == {"0": 0.2, "3": 0.1, "4": 0.2}
+    assert {s.spec.fqn: s.spec.rule.rank for s in sites_of(model)} == {"0": 2, "3": 1, "4": 2}
     assert {r.fqn: r.reason for r in decorr_fx.report(model).skipped} == {"8": "left alone by filter_fn"}
 
 
@@ -146,10 +146,36 @@ def test_attention_with_a_forward_of_its_own_is_listed_with_the_reason() -> None
             return super().forward(*args, **kwargs)
 
     plain, x = with_a_site(Own(4, 2)), torch.randn(5, 2, 4)
-    assert "cannot be traced" in reasons(plain)["it"]
+    assert reasons(plain)["it"].startswith("its forward cannot be traced")
+    assert "multi_head_attention_forward, cannot be traced" in reasons(plain)["it.out_proj"]
+    assert [site.fqn for site in decorr_fx.report(plain).sites] == ["site"]
     model = decorr_fx.transform(plain)
     torch.testing.assert_close(model["it"](x, x, x), plain["it"](x, x, x))
-    decorr_fx.fold(model)
+    assert type(model["it"]) is Own
+
+
+def test_attention_that_calls_that_of_torch_is_listed_with_the_reason() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return super().forward(query, key, value)[0]
+
+    found = reasons(with_a_site(Own(4, 2)))
+    assert "decorr_fx.register_layer" in found["it"]
+    assert found["it.out_proj"] == "its weight is handed to multi_head_attention_forward in 'it'"
+
+
+def test_attention_that_makes_its_own_calls_is_a_site() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return self.out_proj(F.scaled_dot_product_attention(q, k, v))
+
+    model, x = decorr_fx.transform(Own(4, 2)), torch.randn(5, 2, 4)
+    assert [site.fqn for site in decorr_fx.report(model).sites] == ["out_proj", "in_proj_weight"]
+    assert decorr_fx.report(model).skipped == ()
+    model(x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert [s.steps for s in decorr_fx.stats(model)] == [1, 1]
 
 
 def test_experts_in_one_parameter_are_listed_with_the_reason() -> None:
@@ -329,15 +355,15 @@ class TestErrors:
     def test_overrides_that_name_nothing_or_are_wrong(self) -> None:
         with pytest.raises(ConfigError, match=r"'fc' matches no layer.*0, 3, 4, 8"):
             decorr_fx.transform(small_cnn(), overrides={"fc": None})
-        with pytest.raises(ConfigError, match="not a regular expression"):
+        with pytest.raises(ConfigError, match="no regular expression"):
             decorr_fx.transform(small_cnn(), overrides={"(": None})
-        with pytest.raises(ConfigError, match="use a DecorrConfig, or None"):
+        with pytest.raises(ConfigError, match="use a rule, or None"):
             decorr_fx.transform(small_cnn(), overrides={"0": False})
-        with pytest.raises(ConfigError, match="config is 3"):
+        with pytest.raises(ConfigError, match="rule is 3"):
             decorr_fx.transform(small_cnn(), 3)
         with pytest.raises(ConfigError, match="overrides is"):
             decorr_fx.transform(small_cnn(), overrides=["0"])
-        with pytest.raises(ConfigError, match="not a regular expression"):
+        with pytest.raises(ConfigError, match="not a name or a regular expression"):
             decorr_fx.transform(small_cnn(), overrides={0: None})
         with pytest.raises(ConfigError, match="filter_fn is '0'"):
             decorr_fx.transform(small_cnn(), filter_fn="0")
@@ -352,4 +378,4 @@ class TestErrors:
 
     def test_a_report_with_settings_on_a_transformed_model(self) -> None:
         with pytest.raises(ConfigError, match="transformed already"):
-            decorr_fx.report(decorr_fx.transform(nn.Linear(2, 2)), DecorrConfig())
+            decorr_fx.report(decorr_fx.transform(nn.Linear(2, 2)), Power())

@@ -103,17 +103,17 @@ def assert_trains_and_folds(plain: nn.Module, sites: list[str]) -> nn.Module:
     assert relative(model(x), reference(x)) < 1e-6
     assert [site.fqn for site in decorr_fx.report(model).sites] == sites
     assert not decorr_fx.report(model).skipped
-    train(model, lambda: model(x))
+    for one in (model, reference):
+        train(one, lambda one=one: one(x))
+    assert [(s.steps, s.refused) for s in decorr_fx.stats(model)] == len(sites) * [(3, 0)]
     assert not any(is_identity(site) for site in sites_of(model))
-    unfolded = copy.deepcopy(reference)
-    unfolded.load_state_dict({key: model.state_dict()[key] for key in reference.state_dict()})
     folded = decorr_fx.fold(model)
     assert [type(m) for m in folded.modules()] == [type(m) for m in reference.modules()]
     assert [type(m).forward for m in folded.modules()] == [type(m).forward for m in reference.modules()]
-    assert relative(folded.eval()(x), model.eval()(x)) < 1e-6
-    assert relative(unfolded.eval()(x), model(x)) > 1e-4  # there was something to fold
+    assert torch.equal(folded.eval()(x), model.eval()(x))
+    assert relative(reference.eval()(x), model(x)) > 1e-4  # R did something
     reference.load_state_dict(folded.state_dict(), strict=True)
-    assert torch.equal(reference.eval()(x), folded(x))
+    assert torch.equal(reference(x), folded(x))
     return folded
 
 
@@ -202,23 +202,39 @@ def wrapping_adapter(self: Einsum, x: Tensor) -> Tensor:
     return F.linear(wrapped_check(x), self.weight, self.bias)
 
 
-class TestWhatCannotBeTraced:
-    def test_an_adapter_that_branches_on_a_value_leaves_the_layer_with_the_reason(self) -> None:
-        decorr_fx.register_layer(Einsum, branching_adapter)
-        plain = beside_a_linear(Einsum())
-        model = decorr_fx.transform(plain)
-        (skipped,) = decorr_fx.report(model).skipped
-        assert skipped.fqn == "0"
-        assert "adapter cannot be traced" in skipped.reason and "branches on a value" in skipped.reason
-        assert type(model[0]) is Einsum
-        x = torch.randn(9, D_IN)
-        assert torch.equal(model(x), plain(x))
-
-    def test_a_wrapped_function_may_hold_it(self) -> None:
-        decorr_fx.register_layer(Einsum, wrapping_adapter)
+class TestWhatAGraphDoesNotShow:
+    @pytest.mark.parametrize("adapter", [branching_adapter, wrapping_adapter])
+    def test_an_adapter_may_branch_and_call_what_is_wrapped(self, adapter: Callable[..., Tensor]) -> None:
+        decorr_fx.register_layer(Einsum, adapter)
         assert_trains_and_folds(beside_a_linear(Einsum()), ["0", "2"])
         with pytest.raises(ValueError, match="not finite"):
             decorr_fx.transform(Einsum())(torch.full((1, D_IN), torch.inf))
+
+    def test_one_that_cannot_be_traced_leaves_the_layer_with_the_reason(self) -> None:
+        decorr_fx.register_layer(Einsum, lambda self, x: {0: F.linear}[x](x, self.weight, self.bias))
+        plain, x = beside_a_linear(Einsum()), torch.randn(9, D_IN)
+        model = decorr_fx.transform(plain)
+        (skipped,) = decorr_fx.report(model).skipped
+        assert skipped.fqn == "0" and "cannot be traced" in skipped.reason
+        assert type(model[0]) is Einsum
+        assert torch.equal(model(x), plain(x))
+
+    def test_eval_mode_and_steps_at_which_R_does_not_move_run_the_layer_s_own_forward(self) -> None:
+        calls: list[int] = []
+
+        def counting_adapter(self: Einsum, x: Tensor) -> Tensor:
+            calls.append(1)
+            return F.linear(x, self.weight, self.bias)
+
+        decorr_fx.register_layer(Einsum, counting_adapter)
+        model, x = decorr_fx.transform(Einsum()), torch.randn(9, D_IN)
+        calls.clear()  # of the trace
+        model.eval()(x)
+        with decorr_fx.paused(model.train()):
+            model(x)
+        assert not calls
+        model(x)
+        assert len(calls) == 1
 
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -247,16 +263,19 @@ def test_lora_of_peft_trains_its_own_R_and_folds_and_merges(make: Callable[[], n
         found.append(each.train()(input_ids=ids).last_hidden_state)
     assert torch.equal(*found)
     slopes = torch.linspace(0, 1, 16)  # a norm at the end leaves no gradient for the plain sum of squares
-    train(model, lambda: model(input_ids=ids).last_hidden_state * slopes)
+    for each in (model, plain):
+        torch.manual_seed(1)
+        train(each, lambda each=each: each(input_ids=ids).last_hidden_state * slopes)
+    shared = {site.fqn: site.shares_with for site in report.sites if site.shares_with}
     for site, counts in zip(sites_of(model), decorr_fx.stats(model), strict=True):
         assert (not is_identity(site)) == (counts.steps > 0) == ("lora_" in counts.fqn)
+        assert counts.fqn not in shared
     expected = model.eval()(input_ids=ids).last_hidden_state
     folded = decorr_fx.fold(model)
     assert [type(m) for m in folded.modules()] == [type(m) for m in plain.modules()]
     assert folded.state_dict().keys() == plain.state_dict().keys()
-    assert relative(folded(input_ids=ids).last_hidden_state, expected) < 1e-6
+    assert torch.equal(folded(input_ids=ids).last_hidden_state, expected)
     merged = folded.merge_and_unload()
     assert not any("lora" in key for key in merged.state_dict())
     assert relative(merged(input_ids=ids).last_hidden_state, expected) < 1e-5
-    plain.load_state_dict({key: model.state_dict()[key] for key in plain.state_dict()})
-    assert relative(plain.eval()(input_ids=ids).last_hidden_state, expected) > 1e-3  # there was something to fold
+    assert relative(plain.eval()(input_ids=ids).last_hidden_state, expected) > 1e-4  # R did something

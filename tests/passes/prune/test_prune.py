@@ -190,15 +190,21 @@ def rows(count: int = 200, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
-@pytest.mark.parametrize("order", ["zca", "loo", "l1", "variance", "backward", "random"])
+def first_units(units: decorr_fx.Units) -> Tensor:
+    """An order of one's own: the first units are kept."""
+    return -torch.arange(len(units.norms), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("order", ["backward", "zca", "l1", first_units])
 @pytest.mark.parametrize("weighting", ["output", "variance"])
-def test_the_reader_is_least_squares_and_the_report_tells_its_error(order: str, weighting: Any) -> None:
+def test_the_reader_is_least_squares_and_the_report_tells_its_error(order: Any, weighting: Any) -> None:
     model, x = mlp(), rows()
     result = decorr_fx.prune(model, x.split(50), keep=0.4, order=order, weighting=weighting, example_inputs=x[:1])
     (group,) = result.report.groups
     assert result.report.after.macs == 10 * group.kept == 80
     hidden = model[1](model[0](x)).detach()
     kept = [int((model[0].weight == row).all(1).nonzero()) for row in result.model[0].weight]
+    assert order is not first_units or kept == list(range(8))
     W = model[2].weight.detach()
     torch.testing.assert_close(result.model[2].weight, nn.Parameter(reference.fold_removed(W, hidden, kept)),
                                rtol=1e-8, atol=1e-8)  # fmt: skip

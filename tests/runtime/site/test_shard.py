@@ -1,4 +1,4 @@
-"""Weights that several ranks hold together, by fully_shard: they follow, fold when gathered, and go on when saved."""
+"""Weights that several ranks hold together, by fully_shard: each maps the rows that it holds, and sends nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import decorr_fx
-from decorr_fx import DistributedError, NotTransformedError
+from decorr_fx import Dbp, DistributedError, NotTransformedError, Power
 from decorr_fx.runtime.site.state import sites_of
+
+WIDE = Power(cost_budget=100.0)  # all directions are used, however few rows there are
 
 
 class Packed(nn.Module):
@@ -37,25 +42,139 @@ class Packed(nn.Module):
         return self.last(self.first(self.attention(x, x, x, need_weights=False)[0]).tanh())
 
 
+def shard(model: nn.Module, **settings: Any) -> nn.Module:
+    """Shard one layer by itself: of 5 rows the last of 4 ranks have fewer, or none."""
+    for module in (model.first, model):
+        fully_shard(module, **settings)
+    return model
+
+
+def inputs(count: int, rank: int, first: int = 0) -> list[Tensor]:
+    seeds = range(first, first + count)
+    return [rank + torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+
+
 def whole_state(model: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
+def assert_close_states(sharded: nn.Module, whole: nn.Module) -> None:
+    expected = whole.state_dict()
+    for key, value in whole_state(sharded).items():
+        if not key.endswith(".U"):  # the sign of a direction is anybody's
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=f"{key}")
+    for fqn, R in decorr_fx.matrices(whole).items():
+        torch.testing.assert_close(decorr_fx.matrices(sharded)[fqn], R, rtol=1e-4, atol=1e-5)
+
+
+def assert_R_equal_on_all_ranks(model: nn.Module) -> None:
+    for key in sorted(decorr_fx.state_keys(model)):
+        value = model.state_dict()[key]
+        first = value.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(value, first), key
+
+
 @distributed_test(world_size=[2, 4])
-def test_sharded_weights_follow_as_whole_ones_do_and_fold_when_gathered() -> None:
+def test_a_sharded_model_trains_as_a_whole_one() -> None:
     rank = dist.get_rank()
-    inputs = [rank + torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(i)) for i in range(20)]
-    sharded, whole = (decorr_fx.transform(Packed()) for _ in range(2))
-    for module in (sharded.attention.out_proj, sharded.first, sharded):  # of 5 rows the last ranks have fewer, or none
-        fully_shard(module)
-    train(sharded, inputs)
-    train(DistributedDataParallel(whole), inputs)
-    expected, x = whole.eval()(inputs[0]), inputs[0]
-    for _ in range(2):  # nothing is kept of weights that are gathered anew
-        torch.testing.assert_close(sharded.eval()(x), expected, rtol=1e-4, atol=1e-5)
-    gathered = decorr_fx.transform(Packed())
-    gathered.load_state_dict(whole_state(sharded))
-    torch.testing.assert_close(decorr_fx.fold(gathered).eval()(x), expected, rtol=1e-4, atol=1e-5)
+    for rule in (WIDE, Power(), Dbp(), Dbp(preserve_function=False)):
+        sharded, whole = shard(decorr_fx.transform(Packed(), rule)), decorr_fx.transform(Packed(), rule)
+        train(sharded, inputs(20, rank))
+        train(DistributedDataParallel(whole), inputs(20, rank))
+        assert_R_equal_on_all_ranks(sharded)
+        assert_close_states(sharded, whole)
+        x = inputs(1, 9)[0]
+        torch.testing.assert_close(sharded.eval()(x), expected := whole.eval()(x), rtol=1e-4, atol=1e-5)
+        gathered = decorr_fx.transform(Packed(), rule)
+        gathered.load_state_dict(whole_state(sharded))
+        torch.testing.assert_close(decorr_fx.fold(gathered).eval()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@distributed_test(world_size=[2])
+def test_decorrelation_changes_what_a_sharded_model_learns() -> None:
+    """The test above would hold if neither model were decorrelated."""
+    models = [shard(Packed()), shard(decorr_fx.transform(Packed(), WIDE))]
+    for model in models:
+        train(model, inputs(20, dist.get_rank()))
+    weights = [whole_state(model)["first.weight"] for model in models]
+    assert (weights[0] - weights[1]).abs().max() > 1e-3
+
+
+@distributed_test(world_size=[2])
+def test_nothing_is_gathered_around_a_step() -> None:
+    model = shard(decorr_fx.transform(Packed(), Power(update_every=2, cost_budget=100.0)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, inputs(3, dist.get_rank()), optimizer)
+    assert not any(site.due for site in sites_of(model))
+    optimizer.zero_grad()
+    model(inputs(1, dist.get_rank())[0]).square().mean().backward()
+    before = model.first.weight.to_local().clone()
+    with CommDebugMode() as messages:
+        optimizer.step()
+    assert messages.get_total_counts() == 0
+    assert isinstance(model.first.weight, DTensor) and not torch.equal(model.first.weight.to_local(), before)
+
+
+@distributed_test(world_size=[2])
+def test_gradients_of_several_backward_passes_that_are_set_to_zero_in_place() -> None:
+    """FSDP2 adds to the part that a rank holds, and not to the gradient itself."""
+    models = [shard(decorr_fx.transform(Packed(), WIDE)), decorr_fx.transform(Packed(), WIDE)]
+    for model, wrapped in zip(models, (models[0], DistributedDataParallel(models[1])), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x in inputs(8, dist.get_rank()):
+            optimizer.zero_grad(set_to_none=False)
+            for part in x.chunk(2):
+                wrapped(part).square().mean().backward()
+            optimizer.step()
+    assert_close_states(*models)
+
+
+@distributed_test(world_size=[2])
+def test_a_compiled_sharded_model_trains_as_the_eager_one() -> None:
+    """Nothing tells that fully_shard has replaced the parameters, and compiled forwards do not notice it."""
+    models = [shard(decorr_fx.transform(Packed(), WIDE)) for _ in range(2)]
+    for model, wrap in zip(models, (torch.compile, lambda model: model), strict=True):
+        train(wrap(model), inputs(8, dist.get_rank()))
+        assert {site.steps for site in decorr_fx.stats(model)} == {8}
+    for value, expected in zip(whole_state(models[0]).values(), whole_state(models[1]).values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+@distributed_test(world_size=[4])
+def test_replicas_of_shards_and_half_precision() -> None:
+    whole = decorr_fx.transform(Packed(), WIDE)
+    train(DistributedDataParallel(whole), inputs(10, dist.get_rank()))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    sharded = shard(decorr_fx.transform(Packed(), WIDE), mesh=mesh)
+    train(sharded, inputs(10, dist.get_rank()))
+    assert_R_equal_on_all_ranks(sharded)
+    assert_close_states(sharded, whole)
+    half = shard(decorr_fx.transform(Packed(), WIDE), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    train(half, inputs(10, dist.get_rank()))
+    assert_R_equal_on_all_ranks(half)
+    for fqn, R in decorr_fx.matrices(half).items():
+        assert R.dtype is torch.float32
+        torch.testing.assert_close(R, decorr_fx.matrices(whole)[fqn], rtol=0.1, atol=0.1)
+
+
+@distributed_test(world_size=[2])
+def test_a_model_that_is_initialised_after_it_was_sharded() -> None:
+    with torch.device("meta"):
+        model = decorr_fx.transform(Packed())
+    shard(model).to_empty(device="cpu")
+    assert all(R.equal(torch.eye(R.shape[1]).expand_as(R)) for R in decorr_fx.matrices(model).values())
+    set_state_dict(
+        model, (), model_state_dict=Packed().state_dict(), optim_state_dict={},
+        options=StateDictOptions(full_state_dict=True, strict=False),
+    )  # fmt: skip
+    other = shard(decorr_fx.transform(Packed()))
+    for one in (model, other):
+        train(one, inputs(5, dist.get_rank()))
+    assert_R_equal_on_all_ranks(model)
+    for value, expected in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(value.to_local() if isinstance(value, DTensor) else value,
+                           expected.to_local() if isinstance(expected, DTensor) else expected)  # fmt: skip
 
 
 @distributed_test(world_size=[1, 2, 4])
@@ -68,7 +187,8 @@ def test_a_sharded_model_is_folded_where_it_is_and_trains_on() -> None:
     with pytest.raises(DistributedError, match=r"sharded over several ranks.*with decorr_fx.fold_\(model\) on every"):
         decorr_fx.fold(model)
     assert decorr_fx.fold_(model) is model
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
     assert [type(m).__name__ for m in (model, model.first, model.last)] == ["FSDPPacked", "FSDPLinear", "Linear"]
     plain = Packed()
     plain.load_state_dict(whole_state(model))
@@ -80,50 +200,47 @@ def test_a_sharded_model_is_folded_where_it_is_and_trains_on() -> None:
 
 
 @distributed_test(world_size=[2])
-def test_a_forward_without_backward_leaves_weights_gathered_which_is_noticed() -> None:
+def test_a_forward_without_backward_leaves_weights_gathered() -> None:
     model, x = fully_shard(decorr_fx.transform(nn.Linear(6, 4))), torch.randn(9, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = model(x).detach()
     decorr_fx.calibrate(model, [x + dist.get_rank(), -x])
     assert decorr_fx.stats(model)[0].steps == 2
-    torch.testing.assert_close(model(x), expected)
-    decorr_fx.step(model)
-    assert decorr_fx.stats(model)[0].steps == 3
+    assert torch.equal(model(x), expected)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), expected)
+        assert torch.equal(model(x), expected)
+    train(model, [x + dist.get_rank()] * 3, optimizer)
+    assert decorr_fx.stats(model)[0].steps == 5
+    assert_R_equal_on_all_ranks(model)
     with pytest.raises(DistributedError, match="sharded over several ranks"):
-        decorr_fx.fold(model)
+        decorr_fx.transform(decorr_fx.fold_(model))
 
 
 @distributed_test(world_size=[2])
 def test_a_weight_that_is_not_finite_on_one_rank_leaves_R_the_same_on_all() -> None:
-    model, optimizer = sharded_packed()
-    model(torch.randn(4, 3, 6)).square().mean().backward()
-    if dist.get_rank() == 1:
-        with torch.no_grad():
-            model.first.weight.to_local()[0, 0] = torch.inf
-    optimizer.step()
-    for key, value in model.state_dict().items():
-        if "_decorr" in key:
-            first = value.clone()
-            dist.broadcast(first, 0)
-            assert torch.equal(value, first), key
-    assert {site.steps for site in decorr_fx.stats(model)} == {1}
+    for rule in (Power(), Dbp(preserve_function=False)):
+        model = shard(decorr_fx.transform(Packed(), rule))
+        model(torch.randn(4, 3, 6)).square().mean().backward()
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                model.first.weight.to_local()[0, 0] = torch.inf
+        torch.optim.Adam(model.parameters(), lr=0.01).step()
+        assert_R_equal_on_all_ranks(model)
+        assert {site.steps for site in decorr_fx.stats(model)} == {1}
 
 
 def sharded_packed() -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return a sharded model, of which one layer is sharded by itself, and its optimizer."""
-    model = decorr_fx.transform(Packed())
-    for module in (model.first, model):
-        fully_shard(module)
+    """Return a sharded model and its optimizer."""
+    model = shard(decorr_fx.transform(Packed(), WIDE))
     return model, torch.optim.Adam(model.parameters(), lr=0.01)
 
 
 def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> list[float]:
     """Take five steps, on the same batch on all ranks; return the losses."""
     losses = []
-    for i in range(first, first + 5):
+    for x in inputs(5, 0, first):
         optimizer.zero_grad()
-        loss = model(torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(i))).square().mean()
+        loss = model(x).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -159,12 +276,17 @@ def test_a_sharded_checkpoint_of_four_ranks_goes_on_there_and_on_fewer(tmp_path:
 
 
 @distributed_test(world_size=[2])
-def test_what_cannot_follow_while_it_is_sharded_is_told() -> None:
-    model = decorr_fx.transform(nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)))
-    fully_shard(model)
-    before = whole_state(model)
-    with pytest.raises(DistributedError, match=r"layer '0': its weight is sharded; only one.*overrides={'0': None}"):
-        train(model, [torch.randn(3, 4, 5)])
-    with pytest.raises(DistributedError, match="layer '0': its weight is sharded; only one"):
+def test_what_cannot_be_decorrelated_while_it_is_sharded_is_refused_before_anything_moves() -> None:
+    grouped = fully_shard(decorr_fx.transform(nn.Sequential(nn.Conv1d(4, 4, 1, groups=2))))
+    columns = decorr_fx.transform(nn.Sequential(nn.Linear(4, 4)))
+    fully_shard(columns, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
+    for model, x in ((grouped, torch.randn(3, 4, 5)), (columns, torch.randn(3, 4))):
+        before = whole_state(model)
+        with pytest.raises(
+            DistributedError, match=r"layer '0': its weight is sharded; only one.*overrides={'0': None}"
+        ):
+            train(model, [x])
+        assert all(torch.equal(value, before[key]) for key, value in whole_state(model).items())
         decorr_fx.fold_(model)
-    assert all(torch.equal(value, before[key]) for key, value in whole_state(model).items())
+        train(model, [x])
+        assert not torch.equal(whole_state(model)["0.weight"], before["0.weight"])

@@ -1,16 +1,20 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import decorr_fx
+from decorr_fx import Dbp
 from decorr_fx.ops import reference
 from tools.bench.__main__ import main
-from tools.bench.cases import SUITES, Case, sweep
+from tools.bench.cases import SUITES, Bars, Case, sweep
 from tools.bench.measure import Contender, Spread, race
 from tools.bench.memory import peak_bytes
-from tools.bench.methods import METHODS, build_model, make_batch, prepare, step_kinds
+from tools.bench.methods import DECORRELATED, FIRST, METHODS, prepare, step_kinds
+from tools.bench.models import build_model, make_batch
 from tools.bench.tables import costs_table
 from tools.bench.textbook import EPS, KAPPA, TextbookLayer, textbook
 
@@ -28,10 +32,26 @@ def test_a_case_is_measured_printed_and_written(tmp_path: Path, capsys: pytest.C
     for result in case["results"]:
         assert result["steps"] >= 12
         assert sum(result["phases"].values()) == pytest.approx(result["step"]["median"], rel=0.8)
+        assert list(result["phases"]) == ["forward", "backward", "optimizer", "decorrelation"]
+        assert (result["first_ratio"]["median"] > result["ratio"]["median"]) == (result["method"] in DECORRELATED)
         assert result["step"]["low"] <= result["step"]["median"] <= result["step"]["high"]
-    assert case["results"][0]["ratio"]["median"] == pytest.approx(1)
+    plain, power, *_ = case["results"]
+    assert plain["ratio"]["median"] == plain["first_ratio"]["median"] == pytest.approx(1)
+    assert plain["phases"]["decorrelation"] < 0.1 * power["phases"]["decorrelation"]
     assert (tmp_path / "bench-linears.png").stat().st_size > 5000
-    assert "| linears, 16 x 256" in costs_table(tmp_path / "bench-linears.json")
+    table = costs_table(tmp_path / "bench-linears.json")
+    assert "| linears, 16 x 256" in table and f"| {power['first_ratio']['median']:.2f} " in table
+
+
+def test_a_case_may_be_measured_for_its_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Case("linears", batch=2, width=8)
+    cases = (timed, replace(timed, timed=False, memory=True, bars=Bars(memory=1.05)))
+    monkeypatch.setitem(SUITES, "cpu", cases)
+    monkeypatch.setattr("tools.bench.__main__.peak_bytes", lambda case, method: 200 if method == "plain" else 206)
+    assert main(["--suite", "cpu", "--seconds", "0.1", "--out", str(tmp_path)]) == 0
+    *_, row = costs_table(tmp_path / "bench-cpu.json").splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["linears, 2 x 8, float32, eager, cpu", "-", "-", "-", "", "-", "-", "1.030", "1.05"]
 
 
 def test_growth_is_drawn_in_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +101,23 @@ def test_every_method_trains_a_model(method: str) -> None:
     assert sum(step_kinds(method).shares.values()) == pytest.approx(1)
 
 
+def test_R_moves_more_often_in_the_first_steps_than_later() -> None:
+    model, optimizer = prepare(Case("linears", batch=8, width=16), "power")
+    for _ in range(FIRST):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+    kinds = step_kinds("power")
+    assert kinds.first[True] == decorr_fx.stats(model)[0].steps / FIRST > 3 * kinds.shares[True]
+
+
+def test_kinds_of_steps_are_those_that_R_takes() -> None:
+    contender = Contender(Case("linears", batch=8, width=16), "power")
+    contender.train(steps=8)
+    assert decorr_fx.stats(contender.model)[0].steps == len(contender.steps[True]) == 2
+    assert len(contender.steps[False]) == 6
+
+
 def test_what_a_step_costs_is_the_mean_over_kinds_of_their_medians() -> None:
     spread = Spread.weighted({True: 0.25, False: 0.75}, {True: [10.0, 11.0, 12.0], False: [1.0, 2.0, 300.0]})
     assert spread.median == pytest.approx(0.25 * 11 + 0.75 * 2)
@@ -99,11 +136,11 @@ def test_the_textbook_form_is_that_of_the_equations(monkeypatch: pytest.MonkeyPa
     layer.R += 0.1 * torch.randn_like(layer.R)
     R, x = layer.R.clone(), torch.randn(40, 2, 5, 6, dtype=torch.float64)
     rows = reference.patches(x, layer.layer.weight.shape, 1, False, stride=2, padding=1)
-    expected = reference.fold_rows(layer.layer.weight.flatten(1), R)
+    expected = reference.theta_of(layer.layer.weight.flatten(1), R)
     out = layer.eval()(x)
     torch.testing.assert_close(out.movedim(1, -1).flatten(0, -2), rows @ expected.T + layer.layer.bias)
     layer.train()(x)
-    torch.testing.assert_close(layer.R, R - EPS * reference.gradient(rows @ R.T, "dbp", KAPPA) @ R)
+    torch.testing.assert_close(layer.R, R - EPS * reference.gradient(rows @ R.T, Dbp(kappa=KAPPA)) @ R)
 
 
 def test_the_textbook_form_takes_all_of_a_resnet() -> None:
@@ -116,4 +153,10 @@ def test_suites_name_models_and_methods_that_there_are() -> None:
     for suite in SUITES.values():
         for case in suite:
             assert set(case.methods) <= set(METHODS)
+    mlp, gpt2 = (build_model(Case(name)) for name in ("mlp", "gpt2"))
+    assert sum(p.numel() for p in mlp.parameters()) == 784 * 512 + 2 * 512**2 + 512 * 10 + 3 * 512 + 10
+    assert round(sum(p.numel() for p in gpt2.parameters()), -6) == 124_000_000
+    for name, model in (("mlp", mlp), ("gpt2", gpt2)):
+        inputs, labels = make_batch(Case(name, batch=2, size=3))
+        assert torch.nn.functional.cross_entropy(model(inputs), labels).isfinite()
     prepare(Case("vit_tiny_patch16_224", batch=1, size=224), "power")

@@ -8,10 +8,10 @@ import psutil
 import pytest
 import torch
 
-from decorr_fx.config import RECIPES, DecorrConfig
+from decorr_fx import Dbp, Power
 from tools.common.errors import UsageError
 from tools.study.__main__ import main
-from tools.study.grid import Run, read_study
+from tools.study.grid import Run, read_study, rule_of
 from tools.study.run import perform
 from tools.study.summary import collect, summarise
 from tools.study.text import CONTEXT, Text
@@ -113,8 +113,12 @@ def test_a_run_depends_on_what_names_it_alone() -> None:
         ("digits", "digitz", "no workload 'digitz'"),
         ('"sgd"', '"sgdd"', "no optimizer 'sgdd'"),
         ('"plain", "power"', '"plain", "powder"', "no method 'powder'"),
-        ('rule = "power"', 'rule = "powder"', "method 'power': rule is 'powder'"),
-        ('rule = "power"', "rules = 1", "method 'power': .*unexpected keyword"),
+        ('rule = "power"', 'rule = "powder"', "method 'power': there is no rule 'powder'; use power, dbp, crgd"),
+        ('rule = "power"', "rule = 3", "method 'power': there is no rule 3"),
+        ('rule = "power"', "rules = 1", "method 'power': the rule power has no setting 'rules'; use max_samples, "),
+        ('rule = "power"', "center = true", "method 'power': the rule power has no setting 'center'"),
+        ('rule = "power"', "kappa = 0.1", "method 'power': the rule power has no setting 'kappa'; it is one of dbp"),
+        ('rule = "power"', "rank = 0", "method 'power': rank is 0"),
         ("[0.01, 0.1]", "[0.01, -0.1]", "lr has -0.1"),
         ("[0.01, 0.1]", "[]", "lr is"),
         ("[0, 1]", "[0.5]", "seeds has 0.5"),
@@ -122,6 +126,11 @@ def test_a_run_depends_on_what_names_it_alone() -> None:
         ("evaluations = 4", "evaluations = 3", "evaluations is 3"),
         ("[methods.power]", "[methods.plain]", "'plain' is backpropagation"),
         ('rule = "power"', 'rule = "dbp"\ncalibrate = 2', "calibrate is for the rule power"),
+        (
+            'rule = "power"',
+            "preserve_function = false\ncalibrate = 2",
+            "calibrate is for the rule power that preserves",
+        ),
         ('rule = "power"', "calibrate = 0", "calibrate is 0"),
         ('rule = "power"', "calibrate = 1.5", "calibrate has 1.5"),
         ("tune = [0]", "tunes = [0]", "no key 'tunes'"),
@@ -159,8 +168,13 @@ def test_the_committed_studies_can_be_read_and_are_of_the_defaults() -> None:
         study = read_study(path)
         assert all(study.tuning_runs(race) for race in study.races)
         (default,) = (of for name, of in study.methods.items() if name in ("power", "default"))
-        assert DecorrConfig(**default) == DecorrConfig()
-        assert DecorrConfig(**study.methods.get("dbp", RECIPES["dbp"])) == DecorrConfig.recipe("dbp")
+        assert rule_of(default) == Power()
+        assert rule_of(study.methods.get("dbp", {"rule": "dbp"})) == Dbp()
+
+
+def test_a_method_is_of_the_rule_power_where_it_names_none(grid: Path) -> None:
+    grid.write_text(GRID.replace('rule = "power"', "rank = 8\ncalibrate = 2"))
+    assert rule_of(read_study(grid).methods["power"]) == Power(rank=8)
 
 
 def test_runs_with_other_settings_are_not_part_of_a_study(grid: Path) -> None:

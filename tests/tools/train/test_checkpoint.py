@@ -148,6 +148,8 @@ def test_a_checkpoint_that_cannot_be_used_is_named(
 def test_a_checkpoint_of_other_settings_is_refused(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*QUICK, "--out", str(begun), "--resume", "--rank", "8"]) == 2
     assert "--rank 32, not 8" in capsys.readouterr().err
+    assert train.main([*QUICK, "--out", str(begun), "--resume", "--rule", "crgd"]) == 2
+    assert "--rule power, not crgd" in capsys.readouterr().err
 
 
 @contextmanager

@@ -142,16 +142,6 @@ def test_a_small_model_passes() -> None:
     assert (record.weights, record.sites) == (2, 2)
 
 
-def off_by(factor: float) -> Callable[..., nn.Module]:
-    def spoiled(model: nn.Module) -> nn.Module:
-        result = nn.Sequential(*model)
-        with torch.no_grad():
-            result[0].weight *= factor
-        return result
-
-    return spoiled
-
-
 def without_last(model: nn.Module) -> nn.Module:
     return nn.Sequential(*list(model)[:-1])  # type: ignore[call-overload]
 
@@ -175,17 +165,38 @@ def test_a_broken_verb_fails_at_its_stage(
     assert reason in record.reason
 
 
-def test_outputs_that_change_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("factor", "mode"), [(1.01, "train"), (1.000001, "eval")])
+def test_outputs_that_change_are_seen(factor: float, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = zoo_check.decorr_fx.transform
 
     def spoiled(model: nn.Module) -> nn.Module:
         with torch.no_grad():
-            next(model.parameters()).mul_(1.01)
+            next(model.parameters()).mul_(factor)
         return real(model)
 
     monkeypatch.setattr("decorr_fx.transform", spoiled)
     record = check_model("small", small, QUICK)
-    assert (record.stage, "outputs in train mode differ" in record.reason) == ("train", True), record
+    assert (record.stage, f"outputs in {mode} mode differ" in record.reason) == (mode, True), record
+
+
+def test_outputs_that_change_by_folding_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = zoo_check.decorr_fx.fold
+
+    def spoiled(model: nn.Module) -> nn.Module:
+        folded = real(model)
+        with torch.no_grad():
+            next(folded.parameters()).mul_(1.000001)
+        return folded
+
+    monkeypatch.setattr("decorr_fx.fold", spoiled)
+    record = check_model("small", small, QUICK)
+    assert (record.stage, "outputs after folding differ" in record.reason) == ("fold", True), record
+
+
+def test_gradients_go_through_R(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decorr_fx.runtime.step.batch.gradients_to_z", lambda *arguments: 1 / 0)
+    record = check_model("small", small, QUICK)
+    assert (record.stage, "ZeroDivisionError" in record.reason) == ("step", True), record
 
 
 def test_an_R_that_stands_still_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
