@@ -201,7 +201,7 @@ def test_recomputation_under_checkpointing_records_each_row_once(use_reentrant: 
     out = checkpoint(model, x, use_reentrant=use_reentrant)
     assert site.seen == after_forward
     out.sum().backward()
-    assert site.seen == site.rows_of_step() == 5 and site.recorded_forwards() == (not use_reentrant)
+    assert site.seen == site.rows_of_step() == 5 and site.host[FORWARDS] == (not use_reentrant)
     torch.testing.assert_close(site.rows[:5], x.detach()[sample_indices(5, 5, site.steps)])
 
 

@@ -13,7 +13,7 @@ from decorr_fx.config import Dbp, Power
 from decorr_fx.ops.cost import used_rank
 from decorr_fx.ops.layout import Factored, identity_factors, stack_weight, unstack_weight
 from decorr_fx.ops.low_rank import LowRank
-from decorr_fx.ops.sample import DUE, FORWARDS, ROWS, ConvGeometry, record_rows, record_rows_op
+from decorr_fx.ops.sample import DUE, ROWS, ConvGeometry, record_rows, record_rows_op
 from decorr_fx.runtime.private import is_recordable
 from decorr_fx.runtime.site.owner import PATIENCE, warn_if_unowned
 from decorr_fx.runtime.site.ranks import Ranks, given_by_each
@@ -173,10 +173,6 @@ class Site(nn.Module):
         rule, rows = self.spec.rule, int(self.host[ROWS]) if rows is None else rows
         if isinstance(rule, Power) and rows:
             self.used = used_rank(self.spec.layout.rank, rows, rule.cost_budget)
-
-    def recorded_forwards(self) -> int:
-        """Return how many forwards were recorded since the last step, outside of backwards."""
-        return int(self.host[FORWARDS])
 
     @torch.no_grad()
     def reset(self) -> None:
