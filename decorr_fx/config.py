@@ -71,7 +71,8 @@ class Power(Rule):
         gradient_gain: exponent q of a scalar s on the gradient, `s = (tr Sigma / tr(R Sigma R))^q`, for optimizers
             that are not invariant to the gradient's scale, such as SGD. 0 leaves the gradient as it is.
         cost_budget: most FLOP of the products around a step of the optimizer, as a part of those of the layer's own
-            forward and backward. Where a step has few rows, R uses fewer directions.
+            forward and backward. Where a step has few rows, R uses fewer directions, but 4 at least: reading the
+            weight is what takes time then.
     """
 
     rank: int = 32

@@ -1,4 +1,4 @@
-"""Optimizers that are no plain ones: around others, with copies of the weights, and with two gradients a step."""
+"""Optimizers that are no plain ones: around others, with copies of the weights, with two gradients a step, ..."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -51,6 +51,18 @@ class MasterWeights(Optimizer):
             for p in group["params"]:
                 master = self.state[p].setdefault("master", p.detach().float().clone())
                 p.copy_(master.add_(p.grad.float(), alpha=-group["lr"]))
+
+
+class Assigning(Optimizer):
+    """SGD by hand, which gives parameters other data instead of changing them in place."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = p.data - group["lr"] * p.grad
 
 
 class SAM(Optimizer):

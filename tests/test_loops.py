@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import schedulefree
 import torch
-from optimizers import SAM, Lookahead, MasterWeights, Wrapper
+from optimizers import SAM, Assigning, Lookahead, MasterWeights, Wrapper
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,6 +136,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "RMSprop": partial(torch.optim.RMSprop, lr=0.01, centered=True),
     "Adagrad": partial(torch.optim.Adagrad, lr=0.01),
     "NAdam": partial(torch.optim.NAdam, lr=0.01),
+    "by assignment": partial(Assigning, lr=LR),
 }
 
 

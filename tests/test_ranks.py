@@ -142,11 +142,11 @@ def test_accumulated_rows_and_layers_that_one_rank_alone_uses() -> None:
 def test_directions_that_R_uses_are_those_of_the_rank_with_the_fewest_rows() -> None:
     model = decorr_fx.transform(nn.Linear(20, 8), Power(update_every=1))
     wrapped, used = DistributedDataParallel(model), []
-    sizes = [(160, 80), (160, 160), (40, 160)]  # rows of either rank: 6, 3 or 1 directions are worth their cost
+    sizes = [(600, 300), (600, 600), (40, 600)]  # rows of either rank: 16, 8 or 4 directions are worth their cost
     for step in sizes:
         train(wrapped, [torch.randn(step[dist.get_rank()], 20)])
         used += [site.used for site in sites_of(model)]
-    assert used == [3, 3, 3]
+    assert used == [8, 8, 8]
     assert_equal_on_all_ranks(model)
     assert decorr_fx.stats(model)[0].steps == 3
 
@@ -158,10 +158,10 @@ def test_a_layer_without_rows_on_one_rank_gets_its_directions_once_there_are_som
     for step in range(3):
         optimizer.zero_grad()
         if dist.get_rank() == 0 or step:
-            model(torch.randn(160, 20)).square().mean().backward()
+            model(torch.randn(300, 20)).square().mean().backward()
         optimizer.step()
         used += [site.used for site in sites_of(model)]
-    assert used == [20, 6, 6]
+    assert used == [20, 8, 8]
 
 
 @distributed_test(world_size=[2])

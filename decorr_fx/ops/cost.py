@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from math import floor
+from math import log2
 
 from decorr_fx.config import Power, Rule, SmallSteps
 from decorr_fx.ops.layout import Layout
@@ -12,6 +12,8 @@ ASSUMED_ROWS = 4096  # that a layer maps in a step of which nothing but the weig
 EIGENVALUES = 9  # FLOP of an eigendecomposition, over the side cubed
 LARGEST_FULL = 256  # features up to which R is one dense matrix, where no structure is asked for
 NARROWEST = 8  # block of channels that is worth a matrix R
+AROUND = 10  # FLOP a direction of U and number of a weight around a step: two products of the gradient, three of theta
+FEWEST = 4  # directions that R uses: products with fewer take as long, since reading the weight is what takes time
 
 
 def own_flops(layouts: Sequence[Layout], rows: int) -> int:
@@ -21,17 +23,18 @@ def own_flops(layouts: Sequence[Layout], rows: int) -> int:
 
 @lru_cache(maxsize=1024)
 def used_rank(rank: int, rows: int, cost_budget: float) -> int:
-    """Return how many directions R of low rank uses in steps of so many rows: at least one.
+    """Return how many of `rank` directions R of low rank uses in steps of so many rows.
 
-    The products around a step take 8 FLOP a direction and number of the weight, the layer's own 6 a row.
+    It is the power of two that is nearest to what the budget allows: products that are 15 or 24 wide take longer than
+    those that are 16 or 32 wide.
     """
-    return max(1, min(rank, floor(cost_budget * 6 * rows / 8)))
+    return min(rank, max(FEWEST, int(2 ** round(log2(cost_budget * 6 * rows / AROUND)))))
 
 
 def around_flops(layouts: Sequence[Layout], used: int) -> int:
     """Count the FLOP of the products around a step of the optimizer: with the gradient, and with the move."""
     first = layouts[0]
-    each = 8 * used if first.rank else 4 * sum(first.modes)
+    each = AROUND * used if first.rank else 4 * sum(first.modes)
     return each * sum(layout.size for layout in layouts)
 
 

@@ -125,6 +125,8 @@ class Factored:
 
 def stack_weight(W: Tensor, layout: Layout) -> Tensor:
     """Return `W [O, C/groups, *kernel]` (transposed: `[C, O/groups, *kernel]`) as `[stacks, d_out, *modes]`."""
+    if layout.blocks == 1 and not layout.transposed:  # rows lie as they are, and this is called often
+        return W.reshape(layout.groups, layout.d_out, *layout.modes)
     g, b, width = layout.groups, layout.blocks, layout.channels // layout.blocks
     if layout.transposed:
         cut = W.reshape(g, b, width, layout.d_out, layout.taps).transpose(2, 3)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from decorr_fx.ops import reference
-from decorr_fx.ops.coordinates import divided, gradients_to_z, moves_to_x, multiply_into
+from decorr_fx.ops.coordinates import divided, gradients_to_z, moves_to_x, multiply_into, remember
 from decorr_fx.ops.layout import Factored, Layout
 from decorr_fx.ops.low_rank import LowRank
 
@@ -55,10 +55,13 @@ def test_gradients_become_those_of_W(one: Laid, count: int, dtype: torch.dtype, 
 @given(laid(), counts, dtypes, st.integers(0, 1000))
 @settings(max_examples=200)
 def test_moves_of_W_become_those_of_theta(one: Laid, count: int, dtype: torch.dtype, seed: int) -> None:
-    olds, R = drawn(one, count, dtype, seed)
-    weights = [old + 0.1 * one.weight(seed + 10 + i, dtype) for i, old in enumerate(olds)]
-    old_rows, moved_rows = of_each_group(one, olds), of_each_group(one, weights)
-    versions = [weight._version for weight in weights]
+    """Remembered by what lies along U where R has no gain, and by copies otherwise."""
+    weights, R = drawn(one, count, dtype, seed)
+    old_rows, olds = of_each_group(one, weights), remember(weights, R, one.layout)
+    assert isinstance(olds, Tensor) == (isinstance(R, LowRank) and R.gain is None)
+    for i, weight in enumerate(weights):
+        weight += 0.1 * one.weight(seed + 10 + i, dtype)
+    moved_rows, versions = of_each_group(one, weights), [weight._version for weight in weights]
     moves_to_x(weights, olds, R, one.layout)
     assert [weight._version for weight in weights] == [version + 1 for version in versions]  # seen before or after
     Rs = denses(R, one.layout, count)
@@ -94,9 +97,11 @@ def nearest(got: Tensor, exact: Tensor) -> bool:
 def test_bfloat16_is_rounded_once(one: Laid, count: int, seed: int) -> None:
     """With R of float32, as a site keeps it."""
     _, R = drawn(one, count, torch.float32, seed)
-    gradients, olds = ([one.weight(seed + k + i, torch.bfloat16) for i in range(count)] for k in (20, 30))
-    weights = [old + 0.05 * gradient for old, gradient in zip(olds, gradients, strict=True)]
-    before = [of_each_group(one, tensors) for tensors in (gradients, olds, weights)]
+    gradients, weights = ([one.weight(seed + k + i, torch.bfloat16) for i in range(count)] for k in (20, 30))
+    olds, before = remember(weights, R, one.layout), [of_each_group(one, tensors) for tensors in (gradients, weights)]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight += 0.05 * gradient
+    before.append(of_each_group(one, weights))
     gradients_to_z(gradients, R, one.layout)
     moves_to_x(weights, olds, R, one.layout)
     assert all(tensor.dtype == torch.bfloat16 for tensor in (*gradients, *weights))
@@ -127,12 +132,14 @@ def held_in(weight: Tensor, how: str) -> tuple[Tensor, Tensor]:
 def test_weights_may_be_parts_of_others_and_lie_in_any_order(one: Laid, count: int, how: str) -> None:
     expected, R = drawn(one, count, torch.float64, 1)
     held, packed = zip(*(held_in(tensor, how) for tensor in expected), strict=True)
-    olds = [torch.zeros_like(tensor) for tensor in expected]
     gradients_to_z(expected, R, one.layout)
     gradients_to_z(held, R, one.layout)
     torch.testing.assert_close(list(held), expected, rtol=1e-13, atol=1e-13)
-    moves_to_x(expected, [old.clone() for old in olds], R, one.layout)
-    moves_to_x(held, [held_in(old, how)[0].zero_() for old in olds], R, one.layout)
+    for weights in (expected, held):
+        olds = remember(weights, R, one.layout)
+        for weight in weights:
+            weight *= 1.5
+        moves_to_x(weights, olds, R, one.layout)
     torch.testing.assert_close(list(held), expected, rtol=1e-13, atol=1e-13)
     if how != "channels_last":  # nothing else was touched
         assert all(
@@ -281,11 +288,28 @@ def test_the_folded_form_is_training_W_with_W_R_in_the_forward(name: str, kind: 
     assert relative(folded[-1], plain[-1]) > 1e-2  # than which it is another path
 
 
-@pytest.mark.parametrize(
-    "R", [LowRank(0.3 * torch.randn(1, 2, 6)), Factored([torch.randn(1, 6, 6)])], ids=["U", "dense"]
-)
+@pytest.mark.parametrize("R", [LowRank(0.3 * torch.randn(1, 2, 6)), Factored([torch.randn(1, 6, 6)])])
 def test_a_weight_that_stands_still_stays_as_it_is_to_the_last_digit(R: R) -> None:
-    weight = torch.randn(4, 6)
+    weight, layout = torch.randn(4, 6), Layout(1, 4, 6, rank=2 if isinstance(R, LowRank) else 0)
     before = weight.clone()
-    moves_to_x([weight], [weight.clone()], R, Layout(1, 4, 6, rank=2 if isinstance(R, LowRank) else 0))
+    moves_to_x([weight], remember([weight], R, layout), R, layout)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_small_move_is_exact_where_products_may_be_rounded(precision: str) -> None:
+    """The difference of two products would not be, so that copies are kept."""
+    torch.manual_seed(0)
+    weight, layout, R = torch.randn(64, 256), Layout(1, 64, 256, rank=8), LowRank(0.2 * torch.randn(1, 8, 256) / 4)
+    old, move = weight.clone(), 1e-4 * torch.randn(64, 256)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        exact = precision == "high" and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+        olds = remember([weight], R, layout)
+        assert isinstance(olds, Tensor) == exact
+        weight += move
+        moves_to_x([weight], olds, R, layout)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    expected = reference.move_to_x(old.double(), (old + move).double(), dense_of_group(R, layout, 0))
+    assert relative(weight.double() - old, expected - old) < 1e-2

@@ -8,7 +8,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from decorr_fx.ops.coordinates import R, gradients_to_z, moves_to_x
+from decorr_fx.ops.coordinates import R, Remembered, gradients_to_z, moves_to_x, remember
 from decorr_fx.ops.layout import Factored, Layout
 from decorr_fx.ops.low_rank import LowRank
 from decorr_fx.ops.precision import full_precision
@@ -29,13 +29,24 @@ class Batch:
         R: of all of them.
         layout: how each is read.
         weights: views of the parameters.
-        olds: copies of them, before the step.
+        olds: what `remember` kept of them before the step.
+        places: of the weights.
+        parameters: at these places.
+        addresses: of their data.
     """
 
     R: R
     layout: Layout
     weights: Sequence[Tensor]
-    olds: Sequence[Tensor]
+    olds: Remembered
+    places: Sequence[SiteWeight]
+    parameters: Sequence[Tensor]
+    addresses: Sequence[int]
+
+    def weights_now(self) -> Sequence[Tensor]:
+        """Return views of the parameters after an optimizer has given them other data, by `parameter.data = ...`."""
+        pairs = zip(self.places, self.parameters, strict=True)
+        return [place.part(parameter.detach())[0] for place, parameter in pairs]
 
 
 class _Weight(NamedTuple):
@@ -45,6 +56,8 @@ class _Weight(NamedTuple):
     layout: Layout
     held: Tensor
     gradient: Tensor | None
+    place: SiteWeight
+    parameter: Tensor
 
 
 @torch.no_grad()
@@ -73,13 +86,14 @@ def before_step(sites: Iterable[Site], owned: frozenset[int]) -> list[Batch]:
         held, held_gradient, layout = weight.parts(parameter.detach(), gradient)
         version = mapped_version(written)
         if version == written._version:
-            found[id(parameter), weight.rows] = _Weight(site, layout, held, None)
+            found[id(parameter), weight.rows] = _Weight(site, layout, held, None, weight, parameter)
             continue
         if version is not None:
             _warn_if_carried(site, weight, written, version)
-        found[id(parameter), weight.rows] = _Weight(site, layout, held, held_gradient)
+        found[id(parameter), weight.rows] = _Weight(site, layout, held, held_gradient, weight, parameter)
         gradients[id(written)] = written
-    batches = [_begin(group) for group in grouped(found.values(), _together)]
+    with full_precision():
+        batches = [_begin(group) for group in grouped(found.values(), _together)]
     for gradient in gradients.values():
         note_mapped(gradient)
     return batches
@@ -88,9 +102,10 @@ def before_step(sites: Iterable[Site], owned: frozenset[int]) -> list[Batch]:
 @torch.no_grad()
 def after_step(batches: Iterable[Batch]) -> None:
     """Let the moves of the weights since `before_step` go through R."""
-    for batch in batches:
-        with full_precision(batch.weights[0].device):
-            moves_to_x(batch.weights, batch.olds, batch.R, batch.layout)
+    with full_precision():
+        for batch in batches:
+            same = [*map(Tensor.data_ptr, batch.parameters)] == batch.addresses
+            moves_to_x(batch.weights if same else batch.weights_now(), batch.olds, batch.R, batch.layout)
 
 
 def joined(sites: Sequence[Site]) -> R:
@@ -119,15 +134,15 @@ def _together(one: _Weight) -> Any:
 
 
 def _begin(group: Sequence[_Weight]) -> Batch:
-    """Map the gradients of some weights where they are not mapped yet, and keep copies of the weights."""
-    sites, layouts, weights, gradients = zip(*group, strict=True)
+    """Map the gradients of some weights where they are not mapped yet, and remember the weights."""
+    sites, layouts, weights, gradients, places, parameters = zip(*group, strict=True)
     R = sites[0].matrix() if len(sites) == 1 else joined(sites)
     if gradients[0] is not None:
-        with full_precision(weights[0].device):
-            gained = "gradient_gain" in sites[0].spec.state_shapes
-            gains = torch.cat([site.state[-1] for site in sites]) if gained else None
-            gradients_to_z(gradients, R, layouts[0], gains)
-    return Batch(R, layouts[0], weights, [*map(Tensor.clone, weights)])
+        gained = "gradient_gain" in sites[0].spec.state_shapes
+        gains = torch.cat([site.state[-1] for site in sites]) if gained else None
+        gradients_to_z(gradients, R, layouts[0], gains)
+    olds, addresses = remember(weights, R, layouts[0]), [*map(Tensor.data_ptr, parameters)]
+    return Batch(R, layouts[0], weights, olds, places, parameters, addresses)
 
 
 def _warn_if_carried(site: Site, weight: SiteWeight, gradient: Tensor, mapped: int) -> None:

@@ -21,6 +21,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from decorr_fx.ops.precision import full_precision
 from decorr_fx.runtime.site.ranks import is_distributed
 from decorr_fx.runtime.site.registry import while_sites_live
 from decorr_fx.runtime.site.shard import is_zero
@@ -199,11 +200,12 @@ def move_all(sites: Mapping[Site, float], on_their_way: Exchange | None = None) 
     for site in alone:
         site.fit_budget()
     moves = [Move(site, rows, sites[site]) for site, rows in recorded.items()]
-    if owner:
-        _move_divided([one for one in moves if one.site in owner], owner)
-        moves = [one for one in moves if one.site not in owner]
-    for group in grouped(moves, shape_of):
-        move(group)
+    with full_precision():
+        if owner:
+            _move_divided([one for one in moves if one.site in owner], owner)
+            moves = [one for one in moves if one.site not in owner]
+        for group in grouped(moves, shape_of):
+            move(group)
 
 
 def _move_divided(mine: Sequence[Move], owner: Mapping[Site, int]) -> None:

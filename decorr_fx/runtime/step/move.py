@@ -15,7 +15,6 @@ from decorr_fx.config import Power, Rule, SmallSteps
 from decorr_fx.ops.coordinates import divided, multiply_into
 from decorr_fx.ops.layout import Layout, stack_rows
 from decorr_fx.ops.moment import losses
-from decorr_fx.ops.precision import full_precision
 from decorr_fx.ops.rules import power
 from decorr_fx.ops.rules.small_steps import step_factors
 from decorr_fx.runtime.site.state import Recorded, Site
@@ -46,28 +45,26 @@ def move(moves: Sequence[Move]) -> None:
     """
     sites, recorded, rates = zip(*moves, strict=True)
     rule: Rule = sites[0].spec.rule
-    with full_precision(sites[0].rows.device):
-        if isinstance(rule, Power):
-            moments, found, seen = _moments(sites, recorded, rates[0])
-            _commit(sites, power.apply_step(moments, rule, sites[0].used), found, seen > 0)
-            return
-        assert isinstance(rule, SmallSteps)
-        x, seen, used = _rows(recorded, sites[0].spec.layout)
-        count, means = seen.repeat_interleave(sites[0].spec.layout.stacks), []
-        if sites[0].spec.demeaned:
-            x, mean = _demean(sites, x, count, used)
-            means = [mean]
-        factors = [_join(of_sites) for of_sites in zip(*(site.matrix().factors for site in sites), strict=True)]
-        stepped, of_z = step_factors(factors, x, count, rule, rates[0])
-        _commit(sites, [*stepped, *means], losses(of_z, len(sites)), seen > 0)
+    if isinstance(rule, Power):
+        moments, found, seen = _moments(sites, recorded, rates[0])
+        _commit(sites, power.apply_step(moments, rule, sites[0].used), found, seen > 0)
+        return
+    assert isinstance(rule, SmallSteps)
+    x, seen, used = _rows(recorded, sites[0].spec.layout)
+    count, means = seen.repeat_interleave(sites[0].spec.layout.stacks), []
+    if sites[0].spec.demeaned:
+        x, mean = _demean(sites, x, count, used)
+        means = [mean]
+    factors = [_join(of_sites) for of_sites in zip(*(site.matrix().factors for site in sites), strict=True)]
+    stepped, of_z = step_factors(factors, x, count, rule, rates[0])
+    _commit(sites, [*stepped, *means], losses(of_z, len(sites)), seen > 0)
 
 
 @torch.no_grad()
 def update_moments(moves: Sequence[Move]) -> list[MomentUpdate]:
     """Return the new moments of sites of equal shape; nothing has moved then."""
     sites, recorded, rates = zip(*moves, strict=True)
-    with full_precision(sites[0].rows.device):
-        moments, found, seen = _moments(sites, recorded, rates[0])
+    moments, found, seen = _moments(sites, recorded, rates[0])
     rows = seen.to(found.dtype)[:, None]
     parts = (moments.sketch.chunk(len(sites)), moments.trace.chunk(len(sites)), found, rows)
     return [MomentUpdate(*one) for one in zip(sites, *parts, strict=True)]
@@ -78,10 +75,9 @@ def apply_updates(updates: Sequence[MomentUpdate]) -> None:
     """Take the step of sites of equal shape, by the new moments of their rows; see `move`."""
     sites = [one.site for one in updates]
     rule: Any = sites[0].spec.rule
-    with full_precision(sites[0].rows.device):
-        moments = power.Moments(_join([one.sketch for one in updates]), _join([one.trace for one in updates]))
-        found, seen = torch.stack([one.losses for one in updates]), torch.cat([one.seen for one in updates])
-        _commit(sites, power.apply_step(moments, rule, sites[0].used), found, seen > 0)
+    moments = power.Moments(_join([one.sketch for one in updates]), _join([one.trace for one in updates]))
+    found, seen = torch.stack([one.losses for one in updates]), torch.cat([one.seen for one in updates])
+    _commit(sites, power.apply_step(moments, rule, sites[0].used), found, seen > 0)
 
 
 def _moments(sites: Sequence[Site], recorded: Sequence[Recorded], rate: float) -> tuple[power.Moments, Tensor, Tensor]:
@@ -122,10 +118,12 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
 
 def _commit(sites: Sequence[Site], state: Sequence[Tensor], found: Tensor, recorded: Tensor) -> None:
     """Put the new state in the place of the old one, of all sites whose step is finite; weights follow if asked to."""
-    state = state[: len(sites[0].spec.state_shapes)]
-    new = [tensor.reshape(len(sites), -1, *tensor.shape[1:]) for tensor in state]
-    # a sum is finite if what it adds up is: numbers near the largest one of a type are as good as infinite
-    finite = torch.stack([tensor.flatten(1).sum(1) for tensor in new]).isfinite().all(0)
+    new, finite = [], torch.ones_like(recorded)
+    for tensor in state[: len(sites[0].spec.state_shapes)]:
+        of_sites = tensor.reshape(len(sites), -1, *tensor.shape[1:])
+        new.append(of_sites)
+        # a sum is finite if what it adds up is: numbers near the largest one of a type are as good as infinite
+        finite &= of_sites.flatten(1).sum(1).isfinite()
     accepted = recorded & finite
     standing = [] if sites[0].spec.rule.preserve_function else [_divided(site) for site in sites]
     for i, site in enumerate(sites):

@@ -59,7 +59,7 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_close_states(sharded: nn.Module, whole: nn.Module) -> None:
-    expected = whole.state_dict()
+    expected = whole_state(whole)
     for key, value in whole_state(sharded).items():
         if not key.endswith(".U"):  # the sign of a direction is anybody's
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=f"{key}")
@@ -137,8 +137,7 @@ def test_a_compiled_sharded_model_trains_as_the_eager_one() -> None:
     for model, wrap in zip(models, (torch.compile, lambda model: model), strict=True):
         train(wrap(model), inputs(8, dist.get_rank()))
         assert {site.steps for site in decorr_fx.stats(model)} == {8}
-    for value, expected in zip(whole_state(models[0]).values(), whole_state(models[1]).values(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    assert_close_states(*models)
 
 
 @distributed_test(world_size=[4])

@@ -227,13 +227,13 @@ def test_a_schedule_that_returns_nonsense_is_an_error() -> None:
         one_step(model, torch.randn(9, 5))
 
 
-@pytest.mark.parametrize("rows", [1, 9, 40, 4096])
-def test_the_used_rank_falls_with_the_rows_of_a_step_and_shapes_stay(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "used"), [(1, 4), (40, 4), (300, 8), (4096, 32)])
+def test_the_used_rank_falls_with_the_rows_of_a_step_and_shapes_stay(rows: int, used: int) -> None:
     layer = decorr_fx.transform(nn.Linear(48, 8), Power(update_every=1))
     site, shapes = layer.weight_decorr, {key: value.shape for key, value in layer.state_dict().items()}
     one_step(layer, torch.randn(rows, 48))
-    assert site.used == min(32, max(1, int(0.05 * 6 * rows / 8)))
-    assert site.matrix().U.shape == (1, site.used, 48)
+    assert site.used == used
+    assert site.matrix().U.shape == (1, used, 48)
     assert {key: value.shape for key, value in layer.state_dict().items()} == shapes
 
 

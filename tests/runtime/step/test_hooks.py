@@ -295,7 +295,7 @@ def test_a_training_step_in_which_no_R_moves_calls_fewer() -> None:
     optimizer = torch.optim.Adam(model.parameters())
     calls_of_a_step(model, optimizer)
     with decorr_fx.paused(model):
-        assert calls_of_a_step(model, optimizer) <= 65
+        assert calls_of_a_step(model, optimizer) <= 70
 
 
 def test_an_idle_step_calls_one_function_a_site() -> None:
