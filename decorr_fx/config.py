@@ -60,16 +60,18 @@ class Rule:
 class Power(Rule):
     """The default: R in closed form, from a running second moment of a layer's input.
 
-    `R = (I + Sigma / delta)^-power` in the `rank` largest directions of the second moment Sigma, and the identity in
-    all others. Kaldi's online natural gradient (arXiv 1410.7455) has the same algebra.
+    `R = gamma ((Sigma + delta) / (rest + delta))^-power` in the `rank` largest directions of the second moment Sigma,
+    and gamma in all others, of which `rest` is the mean eigenvalue. Kaldi's online natural gradient (arXiv 1410.7455)
+    has the same algebra.
 
     Attributes:
         rank: how many directions of a layer's input R keeps track of. A layer of fewer features has as many.
-        damping: delta over the mean eigenvalue of Sigma: directions with a smaller eigenvalue stay nearly as they are.
+        damping: delta over the mean of all eigenvalues of Sigma: directions with smaller ones stay nearly as they are.
         rate: at which the running moment follows new rows, after as many first steps as make it their plain mean.
         power: the exponent, in [0, 0.5]; 0.5 is whitening. Steps of the weights are preconditioned by R^T R.
-        gradient_gain: exponent q of a scalar s on the gradient, `s = (tr Sigma / tr(R Sigma R))^q`, for optimizers
-            that are not invariant to the gradient's scale, such as SGD. 0 leaves the gradient as it is.
+        gain: exponent q of a scalar on R, `R <- gamma^q R` with `gamma^2 = tr Sigma / tr(R Sigma R)`. At 1 the
+            decorrelated input is as large as the input, in the mean square, and R of white inputs is the identity; at 0
+            R only shrinks, and so do the steps of the weights.
         cost_budget: most FLOP of the products around a step of the optimizer, as a part of those of the layer's own
             forward and backward. Where a step has few rows, R uses fewer directions, but 4 at least: reading the
             weight is what takes time then.
@@ -79,7 +81,7 @@ class Power(Rule):
     damping: float = 0.3
     rate: float = 0.08
     power: float = 0.5
-    gradient_gain: float = 0.0
+    gain: float = 1.0
     cost_budget: float = 0.05
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class Power(Rule):
         self._between("damping", math.ulp(0.0), math.inf)  # above 0: an input that never varies has no root
         self._between("rate", 0.0, 1.0)
         self._between("power", 0.0, 0.5)
-        self._between("gradient_gain", 0.0, 1.0)
+        self._between("gain", 0.0, 1.0)
         self._between("cost_budget", math.ulp(0.0), math.inf)
 
     def rate_at(self, step: int) -> float:

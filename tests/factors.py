@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from decorr_fx import Power
 from decorr_fx.ops.layout import identity_factors
-from decorr_fx.runtime.site.state import Site
+from decorr_fx.runtime.site.state import Site, sites_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ def sites(draw: st.DrawFn) -> Drawn:
 def dense_R(U: Tensor) -> Tensor:
     """Return R of `U [rank, d]` as one matrix."""
     return torch.eye(U.shape[1], dtype=U.dtype) - U.T @ U
+
+
+def running_moments(model: nn.Module) -> list[Tensor]:
+    """Return the running second moments of all sites of the rule `Power`, one after the other, of each stack."""
+    sketches = [site.scale[..., None] * site.U for site in sites_of(model) if isinstance(site.spec.rule, Power)]
+    return [sketch.mT @ sketch for sketch in sketches]
 
 
 def is_identity(site: Site) -> bool:

@@ -21,8 +21,8 @@ OF_SMALL_STEPS = [
 ]  # fmt: skip
 OF_POWER = [
     ("rank", 0), ("rank", 2.0), ("rank", -3), ("damping", 0.0), ("damping", INF), ("damping", NAN), ("rate", -0.1),
-    ("rate", 1.5), ("power", -0.1), ("power", 0.6), ("gradient_gain", -0.1), ("gradient_gain", 1.1),
-    ("gradient_gain", True), ("cost_budget", 0), ("cost_budget", INF), ("cost_budget", "5 %"),
+    ("rate", 1.5), ("power", -0.1), ("power", 0.6), ("gain", -0.1), ("gain", 1.1),
+    ("gain", True), ("cost_budget", 0), ("cost_budget", INF), ("cost_budget", "5 %"),
 ]  # fmt: skip
 OF_DBP = [("kappa", -0.01), ("kappa", 1.01), ("kappa", True), ("sample_fraction", 0.0), ("sample_fraction", 1.5)]
 
@@ -78,8 +78,8 @@ def test_what_rules_have_in_common_is_no_rule(rule: type[Rule]) -> None:
 
 
 def test_the_edges_are_allowed() -> None:
-    Power(rank=1, max_samples=1, update_every=1, damping=1e-300, rate=0, power=0, gradient_gain=0, cost_budget=1e-9)
-    Power(rate=1, power=0.5, gradient_gain=1, cost_budget=1000, damping=1e300)
+    Power(rank=1, max_samples=1, update_every=1, damping=1e-300, rate=0, power=0, gain=0, cost_budget=1e-9)
+    Power(rate=1, power=0.5, gain=1, cost_budget=1000, damping=1e300)
     Dbp(kappa=0, decor_lr=0, sample_fraction=1)
     Dbp(kappa=1, sample_fraction=1e-300, structure="full")
     Crgd(decor_lr=1e30, structure="block")
@@ -99,7 +99,7 @@ def test_a_function_that_returns_no_step_size_is_named_with_its_step(value: obje
 
 def test_the_defaults_are_those_of_the_docs() -> None:
     assert Power() == Power(
-        rank=32, damping=0.3, rate=0.08, power=0.5, gradient_gain=0.0, cost_budget=0.05, max_samples=64,
+        rank=32, damping=0.3, rate=0.08, power=0.5, gain=1.0, cost_budget=0.05, max_samples=64,
         update_every=16, preserve_function=True, share_inputs=True,
     )  # fmt: skip
     assert Power().rate_at(1000) == 0.08
@@ -122,7 +122,7 @@ def trained(rule: Rule | None) -> nn.Module:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: None, Power, Dbp, Crgd, Dbp.paper, lambda: Power(gradient_gain=1.0, preserve_function=False)],
+    [lambda: None, Power, Dbp, Crgd, Dbp.paper, lambda: Power(gain=0.0, preserve_function=False)],
     ids=["default", "power", "dbp", "crgd", "paper", "power with a gain, by the published step"],
 )
 def test_every_rule_trains_a_model(make: Callable[[], Rule | None]) -> None:

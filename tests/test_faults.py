@@ -17,7 +17,7 @@ from decorr_fx.runtime.site.state import sites_of
 
 RULES = [
     Power(update_every=2),
-    Power(update_every=2, gradient_gain=1.0),
+    Power(update_every=2, gain=0.0),
     Dbp(structure="full", decor_lr=0.1, update_every=2),
     Crgd(structure="kronecker", decor_lr=0.01, update_every=2),
 ]

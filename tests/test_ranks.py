@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from factors import running_moments
 from rank_models import assert_equal_on_all_ranks, assert_same_state, batches, network, train
 from ranks import distributed_test
 from torch import Tensor, nn
@@ -48,10 +49,11 @@ def test_ranks_learn_what_one_rank_learns_from_all_their_batches() -> None:
         alone = decorr_fx.transform(network(), rule)
         train(alone, joined)
         for (key, got), expected in zip(model.state_dict().items(), alone.state_dict().values(), strict=True):
-            if not key.endswith(".U"):  # the sign of a direction is anybody's
+            if not key.endswith((".U", ".scale")):  # directions of equal length are anybody's
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=key)
         for fqn, R in decorr_fx.matrices(model).items():
             torch.testing.assert_close(R, decorr_fx.matrices(alone)[fqn], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(running_moments(model), running_moments(alone), rtol=1e-5, atol=1e-5)
 
 
 @distributed_test(world_size=[2])

@@ -4,9 +4,7 @@
     after the step    theta <- old + (theta - old) R   the move of W, as a move of theta
 
 Both are products of the rows of a weight with R. They are made in float32 at least, whatever the weights are, and
-rounded once. Where `R = I - U^T U`, the old weights are not needed in full, but `P = old U^T`, as narrow as U:
-`theta <- theta - (theta U^T - P) U`. With `preserve_function=False` W stands still where R moves:
-`theta <- theta R_old^-1 R_new`.
+rounded once. With `preserve_function=False` W stands still where R moves: `theta <- theta R_old^-1 R_new`.
 """
 
 from collections.abc import Sequence
@@ -16,49 +14,36 @@ from torch import Tensor
 
 from decorr_fx.ops.layout import Factored, Layout, stack_weight, unstack_weight
 from decorr_fx.ops.low_rank import LowRank
-from decorr_fx.ops.precision import is_exact
 
 R = LowRank | Factored
-Remembered = Tensor | Sequence[Tensor]  # P [stacks, d_out, rank] where that is enough, else copies of the weights
+CACHED = 2**18  # numbers of a weight that stay in the cache of a CPU, while they are mapped
 
 
-def gradients_to_z(gradients: Sequence[Tensor], R: R, layout: Layout, gains: Tensor | None = None) -> None:
-    """Let gradients of theta be those of W, in place: `g <- s g R^T`.
+def gradients_to_z(gradients: Sequence[Tensor], R: R, layout: Layout) -> None:
+    """Let gradients of theta be those of W, in place: `g <- g R^T`.
 
     Args:
         gradients: of weights of one shape.
         R: of all their stacks, one weight after the other.
         layout: how each is read.
-        gains: s, `[stacks]`; None where it is 1.
     """
     stacked = _stacked(gradients, layout)
     R.transposed.times_(stacked)
-    if gains is not None:
-        stacked.mul_(gains.reshape(-1, *[1] * (stacked.dim() - 1)))
     _write(gradients, stacked, layout)
 
 
-def remember(weights: Sequence[Tensor], R: R, layout: Layout) -> Remembered:
-    """Return what `moves_to_x` needs of the weights as they are before the step."""
-    if isinstance(R, LowRank) and R.gain is None and is_exact(weights[0].device):
-        return _stacked(weights, layout) @ R.U.mT
-    return [*map(Tensor.clone, weights)]
+def moves_to_x(weights: Sequence[Tensor], olds: Sequence[Tensor], R: R, layout: Layout) -> None:
+    """Let the moves of weights since `olds` go through R, in place: `theta <- old + (theta - old) R`.
 
-
-def moves_to_x(weights: Sequence[Tensor], olds: Remembered, R: R, layout: Layout) -> None:
-    """Let the moves of weights since `remember` go through R, in place: `theta <- old + (theta - old) R`.
-
-    A weight is written once, so that whoever reads it meanwhile sees it before or after.
+    A number is written once, so that whoever reads it meanwhile sees it before or after. On a CPU as many rows are done
+    at once as stay in its cache: what takes time is reading weights from memory.
     """
-    stacked = _stacked(weights, layout)
-    if isinstance(olds, Tensor):
-        assert isinstance(R, LowRank)
-        stacked.baddbmm_((stacked @ R.U.mT).sub_(olds), R.U, alpha=-1)
-    else:
-        start = _stacked(olds, layout)
-        stacked = stacked - start
-        R.times_(stacked)
-        stacked.add_(start)
+    stacked, starts = _stacked(weights, layout), _stacked(olds, layout)
+    rows = max(1, CACHED // (len(stacked) * layout.d)) if stacked.device.type == "cpu" else stacked.shape[1]
+    for moved, start in zip(torch.split(stacked, rows, 1), torch.split(starts, rows, 1), strict=True):
+        delta = moved - start
+        R.times_(delta)
+        torch.add(start, delta, out=moved)
     _write(weights, stacked, layout)
 
 

@@ -12,7 +12,7 @@ ASSUMED_ROWS = 4096  # that a layer maps in a step of which nothing but the weig
 EIGENVALUES = 9  # FLOP of an eigendecomposition, over the side cubed
 LARGEST_FULL = 256  # features up to which R is one dense matrix, where no structure is asked for
 NARROWEST = 8  # block of channels that is worth a matrix R
-AROUND = 10  # FLOP a direction of U and number of a weight around a step: two products of the gradient, three of theta
+AROUND = 8  # FLOP a direction of U and number of a weight around a step: two products of the gradient, two of the move
 FEWEST = 4  # directions that R uses: products with fewer take as long, since reading the weight is what takes time
 
 

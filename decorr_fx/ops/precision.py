@@ -13,12 +13,3 @@ def full_precision() -> ExitStack:
         if is_autocast_available(device) and torch.is_autocast_enabled(device):
             context.enter_context(torch.autocast(device, enabled=False))
     return context
-
-
-def is_exact(device: torch.device) -> bool:
-    """Tell whether products of float32 keep all digits, so that the difference of two may be small.
-
-    They do not where TF32 or bfloat16 is allowed inside of them, as by `torch.set_float32_matmul_precision("high")`.
-    """
-    backends = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}  # type: ignore[attr-defined]
-    return device.type in backends and backends[device.type].fp32_precision in ("none", "ieee")

@@ -69,9 +69,9 @@ def preserve(W: Tensor, R_old: Tensor, R_new: Tensor) -> Tensor:
     return W @ R_old @ inverse
 
 
-def gradient_gain(Sigma: Tensor, R: Tensor, exponent: float) -> Tensor:
-    """Return `s = (tr Sigma / tr(R Sigma R))^exponent`."""
-    return (torch.trace(Sigma) / torch.trace(R @ Sigma @ R.T)) ** exponent
+def gain(Sigma: Tensor, R: Tensor, exponent: float) -> Tensor:
+    """Return `gamma^exponent` with `gamma^2 = tr Sigma / tr(R Sigma R^T)`: gamma R keeps the mean square of x."""
+    return (torch.trace(Sigma) / torch.trace(R @ Sigma @ R.T)) ** (exponent / 2)
 
 
 def decorrelate_rows(x: Tensor, R: Tensor) -> Tensor:
@@ -143,15 +143,18 @@ def step_factors(
     return moved, None if taps is None else transition(by_block.flatten(0, 2), rule, eps, gain) @ taps
 
 
-def shrinking(Sigma: Tensor, mean: float, rank: int, power: float, damping: float) -> Tensor:
-    """Return R with eigenvalues `(1 + value / (damping mean))^-power` in the `rank` largest eigenvectors of Sigma.
+def shrinking(Sigma: Tensor, trace: float, rank: int, power: float, damping: float) -> Tensor:
+    """Return R with eigenvalues `((value + delta) / (rest + delta))^-power` in the `rank` largest eigenvectors.
 
-    In all other directions R is the identity; `mean` is the mean eigenvalue by which damping is measured.
+    In all other directions, whose mean eigenvalue is `rest`, R is the identity. `delta` is `damping` times the mean of
+    all eigenvalues; `trace` is their sum, also of those that Sigma lacks.
     """
     values, vectors = torch.linalg.eigh(Sigma)
-    R = torch.eye(len(Sigma), dtype=Sigma.dtype)
-    for value, u in list(zip(values, vectors.T, strict=True))[-rank:]:
-        R = R + ((1 + value / (damping * mean)) ** -power - 1) * torch.outer(u, u)
+    d, largest = len(Sigma), values[-rank:]
+    delta, rest = damping * trace / d, max(0.0, trace - float(largest.sum())) / max(1, d - rank) * (rank < d)
+    R = torch.eye(d, dtype=Sigma.dtype)
+    for value, u in zip(largest, vectors.T[-rank:], strict=True):
+        R = R + (((value.clamp(min=rest) + delta) / (rest + delta)) ** -power - 1) * torch.outer(u, u)
     return R
 
 

@@ -54,7 +54,7 @@ def test_the_used_rank_is_what_training_with_so_many_rows_uses() -> None:
 
 
 def test_bytes_are_those_of_the_state() -> None:
-    for rule in (Power(rank=5), Power(gradient_gain=1.0), Dbp(), Dbp(structure="kronecker")):
+    for rule in (Power(rank=5), Power(gain=0.0), Dbp(), Dbp(structure="kronecker")):
         model = decorr_fx.transform(small_cnn(), rule)
         for site, record in zip(sites_of(model), decorr_fx.report(model).sites, strict=True):
             assert record.bytes == sum(part.numel() * part.element_size() for part in site.state)

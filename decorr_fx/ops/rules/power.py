@@ -1,12 +1,15 @@
-"""The closed form: R shrinks the directions in which a layer's inputs are largest, and is the identity in all others.
+"""The closed form: R shrinks the directions in which a layer's inputs are largest, next to all others.
 
     Sigma <- (1 - rate) Sigma + rate * mean over rows of x x^T,    of which the `rank` largest directions are kept
-    R = (I + Sigma / delta)^-p,    delta = damping * mean eigenvalue of the whole second moment
+    R = gamma ((Sigma + delta) / (rest + delta))^-p in the directions in use,    R = gamma in all others
+    delta = damping * mean eigenvalue of the whole second moment,    rest = that of the directions that are not in use
+    gamma^2 = tr Sigma / tr(R Sigma R) of R without gamma
 
-p = 1/2 is whitening where an eigenvalue is well above delta; where it is far below, R is 1. The inputs of most layers
-are large in few directions: the mean and some others have nearly all of the second moment, and steps of W in those
-limit its learning rate. Steps of the weight are preconditioned by R^T R. Kaldi's online natural gradient
-(arXiv 1410.7455) has the same algebra.
+p = 1/2 is whitening where an eigenvalue is well above delta; where it is far below, R is gamma. With gamma, z is as
+large as x in the mean square, and R is the identity where x is white: a learning rate that suits the plain model suits
+this one. The inputs of most layers are large in few directions: the mean and some others have nearly all of the second
+moment, and steps of W in those limit its learning rate. Steps of the weight are preconditioned by R^T R. Kaldi's online
+natural gradient (arXiv 1410.7455) has the same algebra, and a like scaling.
 
 Sigma is that of a *sketch* `B [stacks, rank, d]` of orthogonal rows, the largest last: `Sigma = B^T B`, cut to its rank
 after each step. Its eigenvalues are the squared norms of the rows of B, and U is B with other norms: so the two are
@@ -38,12 +41,12 @@ class Moments(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is kept of R and of the moments: see above. `gradient_gain [stacks]` is s, of the gradient."""
+    """What is kept of R and of the moments: see above. `gain [stacks]` is that of R."""
 
     U: Tensor
     scale: Tensor
     trace: Tensor
-    gradient_gain: Tensor
+    gain: Tensor
 
 
 def update_moments(
@@ -64,25 +67,24 @@ def update_moments(
     old_share, new_share = (1 - rates).sqrt(), (rates / count).sqrt()
     sketch = (old_share[:, None] * state.scale)[..., None] * state.U
     together = torch.cat([sketch, new_share[:, None, None] * x], 1)
-    of_z = Moment.of(LowRank(state.U[:, -used:]).times(x), count[:, None, None])
+    of_z = Moment.of(LowRank(state.U[:, -used:], state.gain).times(x), count[:, None, None])
     return Moments(largest_directions(together, state.U.shape[1]), trace), of_z
 
 
 def apply_step(moments: Moments, rule: Power, used: int) -> State:
     """Return what replaces the state, for new running moments, where R uses so many directions."""
     sketch, trace = moments
-    lengths = _lengths(sketch, rule.damping * trace / sketch.shape[2], rule.power)
+    lengths = _lengths(sketch, trace, rule, used)
     U = lengths[..., None] * sketch
     scale = torch.where(lengths > 0, 1 / lengths, 0)  # 0 where p is: nothing is remembered of what never shrinks
-    gain = gradient_gain(sketch, U, trace, rule.gradient_gain, used) if rule.gradient_gain else torch.ones_like(trace)
-    return State(U, scale, trace, gain)
+    return State(U, scale, trace, gain_of(sketch, U, trace, rule.gain, used))
 
 
-def gradient_gain(sketch: Tensor, U: Tensor, trace: Tensor, exponent: float, used: int) -> Tensor:
-    """Return `s = (tr Sigma / tr(R Sigma R))^exponent`, `[stacks]`."""
+def gain_of(sketch: Tensor, U: Tensor, trace: Tensor, exponent: float, used: int) -> Tensor:
+    """Return `(tr Sigma / tr(R Sigma R))^(exponent / 2)`, `[stacks]`, for `R = I - U^T U`."""
     eigenvalues, shrunk = sketch[:, -used:].square().sum(2), 1 - U[:, -used:].square().sum(2)
     after = trace - (eigenvalues * (1 - shrunk.square())).sum(1)
-    return torch.where(after > 0, trace / after, 1) ** exponent
+    return torch.where(after > 0, trace / after, 1) ** (exponent / 2)
 
 
 def largest_directions(rows: Tensor, rank: int) -> Tensor:
@@ -113,9 +115,12 @@ def _eigh(M: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(M[..., 0], torch.nan), torch.full_like(M, torch.nan)
 
 
-def _lengths(sketch: Tensor, delta: Tensor, power: float) -> Tensor:
-    """Return what makes the rows of a sketch B those of U of `I - U^T U = (I + B^T B / delta)^-p`."""
-    delta = delta.clamp(min=torch.finfo(delta.dtype).tiny)[:, None]  # all rows were zero: so is U
-    ratio = (sketch.square().sum(2) / delta).clamp(min=SMALLEST)
-    shrunk = -torch.expm1(-power * torch.log1p(ratio))  # 1 - (1 + ratio)^-power, right for small ones
-    return (shrunk / ratio / delta).sqrt()
+def _lengths(sketch: Tensor, trace: Tensor, rule: Power, used: int) -> Tensor:
+    """Return what makes the rows of a sketch those of U: `I - U^T U = ((Sigma + delta) / (rest + delta))^-p`."""
+    d, tiny = sketch.shape[2], torch.finfo(sketch.dtype).tiny
+    values = sketch.square().sum(2)
+    rest = (trace - values[:, -used:].sum(1)).clamp(min=0) / (d - used) if used < d else torch.zeros_like(trace)
+    delta = (rule.damping * trace / d).clamp(min=tiny)  # all rows were zero: so is U
+    ratio = ((values - rest[:, None]) / (rest + delta)[:, None]).clamp(min=SMALLEST)
+    shrunk = -torch.expm1(-rule.power * torch.log1p(ratio))  # 1 - (1 + ratio)^-power, right for small ones
+    return (shrunk / values.clamp(min=tiny)).sqrt()

@@ -66,8 +66,7 @@ class SiteSpec:
         layout = self.layout
         if isinstance(self.rule, Power):
             (U,) = layout.factor_shapes
-            gain = {"gradient_gain": U[:1]} if self.rule.gradient_gain else {}
-            return {"U": U, "scale": U[:2], "trace": U[:1], **gain}
+            return {"U": U, "scale": U[:2], "trace": U[:1], "gain": U[:1]}
         names = ("A", "S") if layout.paired else ("R",)
         mean = {"mean": (layout.stacks, *layout.modes)} if self.demeaned else {}
         return {**dict(zip(names, layout.factor_shapes, strict=True)), **mean}

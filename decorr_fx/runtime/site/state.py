@@ -82,7 +82,8 @@ class Site(nn.Module):
     def matrix(self) -> LowRank | Factored:
         """Return R as it is now, of all stacks."""
         if isinstance(self.spec.rule, Power):
-            return LowRank(self._buffers["U"][:, -self.used :])  # type: ignore[index]
+            gain = self._buffers["gain"] if self.spec.rule.gain else None
+            return LowRank(self._buffers["U"][:, -self.used :], gain)  # type: ignore[index]
         return Factored(self.state[: 2 if self.spec.layout.paired else 1])
 
     @torch.no_grad()
@@ -183,7 +184,7 @@ class Site(nn.Module):
             for factor, start in zip(self.state, identity_factors(self.spec.layout, self.rows.device, self.rows.dtype),
                                      strict=False):  # fmt: skip
                 factor.copy_(start)
-        elif self.spec.rule.gradient_gain:
+        else:
             self.state[-1].fill_(1)
         self.is_identity = True
         self.used, self.same_on_all_ranks, self.used_is_agreed = self.spec.layout.rank, False, False

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 from warnings import warn
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from decorr_fx.ops.coordinates import R, Remembered, gradients_to_z, moves_to_x, remember
+from decorr_fx.ops.coordinates import R, gradients_to_z, moves_to_x
 from decorr_fx.ops.layout import Factored, Layout
 from decorr_fx.ops.low_rank import LowRank
 from decorr_fx.ops.precision import full_precision
@@ -16,6 +18,7 @@ from decorr_fx.runtime.private import mapped_version, note_mapped
 from decorr_fx.runtime.site.shard import held_here
 from decorr_fx.runtime.site.state import Site
 from decorr_fx.runtime.site.weight import SiteWeight
+from decorr_fx.runtime.step.owned import writes_from_copies
 
 T = TypeVar("T")
 ALONE = ("cpu",)  # devices on which each weight has a product of its own, since joining would copy them
@@ -29,7 +32,7 @@ class Batch:
         R: of all of them.
         layout: how each is read.
         weights: views of the parameters.
-        olds: what `remember` kept of them before the step.
+        olds: copies of them, before the step.
         places: of the weights.
         parameters: at these places.
         addresses: of their data.
@@ -38,7 +41,7 @@ class Batch:
     R: R
     layout: Layout
     weights: Sequence[Tensor]
-    olds: Remembered
+    olds: Sequence[Tensor]
     places: Sequence[SiteWeight]
     parameters: Sequence[Tensor]
     addresses: Sequence[int]
@@ -50,7 +53,10 @@ class Batch:
 
 
 class _Weight(NamedTuple):
-    """A weight of a site, what this rank holds of it, and its gradient where that is not mapped yet."""
+    """A weight of a site, what this rank holds of it, and its gradient where that is not mapped yet.
+
+    Weights that have `together` in common go into one product.
+    """
 
     site: Site
     layout: Layout
@@ -58,6 +64,7 @@ class _Weight(NamedTuple):
     gradient: Tensor | None
     place: SiteWeight
     parameter: Tensor
+    together: Any
 
 
 @torch.no_grad()
@@ -83,36 +90,51 @@ def before_step(sites: Iterable[Site], owned: frozenset[int]) -> list[Batch]:
         if site.is_identity:  # of W already, also after R has moved
             gradients[id(written)] = written
             continue
-        held, held_gradient, layout = weight.parts(parameter.detach(), gradient)
+        held, to_map, layout = weight.parts(parameter.detach(), gradient)
         version = mapped_version(written)
-        if version == written._version:
-            found[id(parameter), weight.rows] = _Weight(site, layout, held, None, weight, parameter)
-            continue
-        if version is not None:
-            _warn_if_carried(site, weight, written, version)
-        found[id(parameter), weight.rows] = _Weight(site, layout, held, held_gradient, weight, parameter)
-        gradients[id(written)] = written
-    with full_precision():
-        batches = [_begin(group) for group in grouped(found.values(), _together)]
+        if version != written._version:
+            if version is not None:
+                _warn_if_carried(site, weight, written, version)
+            gradients[id(written)] = written
+        mapped = version == written._version
+        alike = (layout, site.spec.rule, site.used, held.dtype, held.device, mapped)
+        together = id(held) if held.device.type in ALONE else alike
+        one = _Weight(site, layout, held, None if mapped else to_map, weight, parameter, together)
+        found[id(parameter), weight.rows] = one
+    batches = []
+    if found:
+        with full_precision():
+            batches = [_begin(group) for group in grouped(found.values(), attrgetter("together"))]
     for gradient in gradients.values():
         note_mapped(gradient)
     return batches
 
 
 @torch.no_grad()
-def after_step(batches: Iterable[Batch]) -> None:
-    """Let the moves of the weights since `before_step` go through R."""
+def after_step(batches: Sequence[Batch], optimizer: Optimizer | None = None) -> None:
+    """Let the moves of the weights since `before_step` go through R.
+
+    Where the optimizer writes weights from copies of its own, a move has in it what R has changed of the last ones, so
+    that R must not enlarge it: its gain is left out.
+    """
+    if not batches:
+        return
+    parameters = [parameter for batch in batches for parameter in batch.parameters]
+    copies = optimizer is not None and writes_from_copies(optimizer, parameters)
     with full_precision():
         for batch in batches:
+            R = LowRank(batch.R.U) if copies and isinstance(batch.R, LowRank) else batch.R
             same = [*map(Tensor.data_ptr, batch.parameters)] == batch.addresses
-            moves_to_x(batch.weights if same else batch.weights_now(), batch.olds, batch.R, batch.layout)
+            moves_to_x(batch.weights if same else batch.weights_now(), batch.olds, R, batch.layout)
 
 
 def joined(sites: Sequence[Site]) -> R:
     """Return the R of all sites, one after the other."""
     Rs = [site.matrix() for site in sites]
     if isinstance(Rs[0], LowRank):
-        return LowRank(torch.cat([one.U for one in Rs if isinstance(one, LowRank)]))
+        gains = [one.gain for one in Rs if isinstance(one, LowRank) and one.gain is not None]
+        U = torch.cat([one.U for one in Rs if isinstance(one, LowRank)])
+        return LowRank(U, torch.cat(gains) if gains else None)
     factors = zip(*(one.factors for one in Rs if isinstance(one, Factored)), strict=True)
     return Factored([torch.cat(of_sites) for of_sites in factors])
 
@@ -125,23 +147,13 @@ def grouped(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
     return [*groups.values()]
 
 
-def _together(one: _Weight) -> Any:
-    """Return what weights have in common that go into one product."""
-    held = one.held
-    if held.device.type in ALONE:
-        return id(held)
-    return one.layout, one.site.spec.rule, one.site.used, held.dtype, held.device, one.gradient is None
-
-
 def _begin(group: Sequence[_Weight]) -> Batch:
-    """Map the gradients of some weights where they are not mapped yet, and remember the weights."""
-    sites, layouts, weights, gradients, places, parameters = zip(*group, strict=True)
+    """Map the gradients of some weights where they are not mapped yet, and keep copies of the weights."""
+    sites, layouts, weights, gradients, places, parameters, _ = zip(*group, strict=True)
     R = sites[0].matrix() if len(sites) == 1 else joined(sites)
     if gradients[0] is not None:
-        gained = "gradient_gain" in sites[0].spec.state_shapes
-        gains = torch.cat([site.state[-1] for site in sites]) if gained else None
-        gradients_to_z(gradients, R, layouts[0], gains)
-    olds, addresses = remember(weights, R, layouts[0]), [*map(Tensor.data_ptr, parameters)]
+        gradients_to_z(gradients, R, layouts[0])
+    olds, addresses = [*map(Tensor.clone, weights)], [*map(Tensor.data_ptr, parameters)]
     return Batch(R, layouts[0], weights, olds, places, parameters, addresses)
 
 

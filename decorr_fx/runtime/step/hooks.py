@@ -126,7 +126,7 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     step = steps.pop()
     if not step.outer:
-        after_step(step.batches)
+        after_step(step.batches, optimizer)
         if step.evaluations > 1:
             _leave_plain(optimizer)
     if not step.inner:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -47,6 +48,24 @@ def owned_by(optimizer: Optimizer) -> Owned:
     if known is None or known.changes != changes() or known.order != ids:
         known = _OWNED[optimizer] = _look_up(parameters, ids)
     return known
+
+
+_COPYING: "WeakKeyDictionary[Optimizer, bool]" = WeakKeyDictionary()
+
+
+def writes_from_copies(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
+    """Tell whether an optimizer has just written parameters from copies in its state, as of float32 beside bfloat16.
+
+    Such a copy does not follow the parameter. It is looked for once an optimizer, among parameters that it has stepped.
+    """
+    known = _COPYING.get(optimizer)
+    if known is None and parameters:
+        copies = ((p, value) for p in parameters for value in optimizer.state.get(p, {}).values())
+        known = _COPYING[optimizer] = any(
+            type(value) is Tensor and value.shape == p.shape and torch.equal(value.to(p.device, p.dtype), p)
+            for p, value in copies
+        )
+    return bool(known)
 
 
 def _look_up(parameters: Sequence[Tensor], ids: list[int]) -> Owned:

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from decorr_fx import Power
 from decorr_fx.ops import reference
 from decorr_fx.ops.moment import Moment
-from decorr_fx.ops.rules.power import Moments, State, apply_step, gradient_gain, largest_directions, update_moments
+from decorr_fx.ops.rules.power import Moments, State, apply_step, gain_of, largest_directions, update_moments
 
 powers = st.sampled_from([0.0, 0.25, 0.5])
 dampings = st.sampled_from([1e-2, 0.1, 1.0])
@@ -44,18 +44,18 @@ class Drawn:
         return update_moments(state, steps, self.x.to(dtype), count, rate, self.directions)
 
     def step(self, dtype: torch.dtype, rate: float, power: float, damping: float, exponent: float = 0.0) -> State:
-        rule = Power(power=power, damping=damping, gradient_gain=exponent)
+        rule = Power(power=power, damping=damping, gain=exponent)
         return apply_step(self.update(dtype, rate)[0], rule, self.directions)
 
     def running(self, i: int, rate: float) -> Tensor:
         """Return the second moment of stack number i after the step, before it is cut to its rank."""
         return reference.running_moment(self.sketch[i].T @ self.sketch[i], self.x[i, : self.used], STEPS, rate)
 
-    def mean(self, i: int, rate: float) -> float:
-        """Return the mean eigenvalue of all of the second moment after the step."""
+    def trace_after(self, i: int, rate: float) -> float:
+        """Return the sum of the eigenvalues of all of the second moment after the step."""
         before = torch.diag(self.trace[i].expand(1)).double()
         norms = self.x[i, : self.used].norm(dim=1)[:, None]
-        return float(reference.running_moment(before, norms, STEPS, rate)) / self.x.shape[2]
+        return float(reference.running_moment(before, norms, STEPS, rate))
 
 
 @st.composite
@@ -78,10 +78,10 @@ def drawn(draw: st.DrawFn) -> Drawn:
 @settings(max_examples=300)
 def test_float32_R_agrees_with_the_float64_reference(d: Drawn, rate: float, power: float, damping: float) -> None:
     """With all directions, and with the largest few in use."""
-    U = d.step(torch.float32, rate, power, damping).U
-    for i in range(len(U)):
-        for directions in (U.shape[1], d.directions):
-            expected = reference.shrinking(d.running(i, rate), d.mean(i, rate), directions, power, damping)
+    for directions in (d.U.shape[1], d.directions):
+        U = replace(d, directions=directions).step(torch.float32, rate, power, damping).U
+        for i in range(len(U)):
+            expected = reference.shrinking(d.running(i, rate), d.trace_after(i, rate), directions, power, damping)
             assert relative(dense_R(U[i, -directions:].double()), expected) < 1e-3
 
 
@@ -92,7 +92,7 @@ def test_the_sketch_is_the_second_moment_cut_to_its_rank(d: Drawn, rate: float) 
     sketch, trace = d.update(torch.float64, rate)[0]
     for i in range(len(sketch)):
         assert relative(sketch[i].T @ sketch[i], reference.truncated(d.running(i, rate), sketch.shape[1])) < 1e-9
-        assert float(trace[i]) == pytest.approx(d.mean(i, rate) * d.x.shape[2])
+        assert float(trace[i]) == pytest.approx(d.trace_after(i, rate))
         gram = sketch[i] @ sketch[i].T
         assert relative(gram, torch.diag(gram.diagonal())) < 1e-7
 
@@ -134,7 +134,7 @@ def whole_moment(d: Drawn, moments: Moments, i: int) -> Tensor:
 
 @given(drawn(), rates, st.sampled_from([0.1, 0.25, 0.5]), dampings, exponents)
 @settings(max_examples=200)
-def test_the_gain_of_the_gradient_agrees_with_the_reference(
+def test_the_gain_agrees_with_the_reference(
     d: Drawn, rate: float, power: float, damping: float, exponent: float
 ) -> None:
     if d.U.shape[1] == d.U.shape[2]:
@@ -142,17 +142,27 @@ def test_the_gain_of_the_gradient_agrees_with_the_reference(
     (moments, _), state = d.update(torch.float64, rate), d.step(torch.float64, rate, power, damping, exponent)
     for i in range(len(d.x)):
         Sigma, R = whole_moment(d, moments, i), dense_R(state.U[i, -d.directions :])
-        expected = reference.gradient_gain(Sigma, R, exponent)
-        assert float(state.gradient_gain[i]) == pytest.approx(float(expected), rel=1e-6)
+        assert float(state.gain[i]) == pytest.approx(float(reference.gain(Sigma, R, exponent)), rel=1e-6)
+        if exponent == 1:
+            R = state.gain[i] * R
+            assert float(torch.trace(R @ Sigma @ R)) == pytest.approx(float(torch.trace(Sigma)))
 
 
-def test_the_gain_of_the_gradient_is_1_where_it_is_not_asked_for_or_nothing_came() -> None:
+def test_the_gain_is_1_where_it_is_not_asked_for_or_nothing_came() -> None:
     sketch, U = torch.randn(2, 3, 5), 0.1 * torch.randn(2, 3, 5)
     trace = sketch.square().sum((1, 2))
-    assert gradient_gain(sketch, U, trace, 0.0, 3).tolist() == [1, 1]
+    assert gain_of(sketch, U, trace, 0.0, 3).tolist() == [1, 1]
     zeros = torch.zeros(2, 3, 5)
-    assert gradient_gain(zeros, zeros, torch.zeros(2), 1.0, 3).tolist() == [1, 1]
-    assert (gradient_gain(sketch, U, trace, 1.0, 3) > 1).all()
+    assert gain_of(zeros, zeros, torch.zeros(2), 1.0, 3).tolist() == [1, 1]
+    assert (gain_of(sketch, U, trace, 1.0, 3) > 1).all()
+
+
+@pytest.mark.parametrize(("d", "used"), [(6, 6), (40, 8), (40, 3)])
+def test_R_of_white_inputs_is_the_identity(d: int, used: int) -> None:
+    sketch = torch.linalg.qr(torch.randn(1, d, d, dtype=torch.float64))[0][:, : min(d, 8)]
+    state = apply_step(Moments(sketch, torch.full((1,), float(d), dtype=torch.float64)), Power(), used)
+    R = state.gain[0] * dense_R(state.U[0, -used:])
+    torch.testing.assert_close(R, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def shrinking_U(sketch: Tensor, mean: float, power: float, damping: float) -> Tensor:
@@ -182,7 +192,7 @@ def test_U_is_made_of_sketch_and_trace_alone_however_far_apart_eigenvalues_are(
     sketch = 10 ** torch.empty(rank, 1, dtype=torch.float64).uniform_(-8, 4, generator=generator) * directions
     mean = 1.5 * float(sketch.square().sum()) / 20
     U = shrinking_U(sketch.float()[None], mean, power, damping)[0]
-    expected = reference.shrinking(sketch.T @ sketch, mean, rank, power, damping)
+    expected = reference.shrinking(sketch.T @ sketch, 20 * mean, rank, power, damping)
     assert relative(dense_R(U.double()), expected) < 1e-6
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from factors import running_moments
 from rank_models import train
 from ranks import distributed_test, on_ranks
 from torch import Tensor, nn
@@ -61,10 +62,11 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 def assert_close_states(sharded: nn.Module, whole: nn.Module) -> None:
     expected = whole_state(whole)
     for key, value in whole_state(sharded).items():
-        if not key.endswith(".U"):  # the sign of a direction is anybody's
+        if not key.endswith((".U", ".scale")):  # directions of equal length are anybody's
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=f"{key}")
     for fqn, R in decorr_fx.matrices(whole).items():
         torch.testing.assert_close(decorr_fx.matrices(sharded)[fqn], R, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(running_moments(sharded), running_moments(whole), rtol=1e-4, atol=1e-5)
 
 
 def assert_R_equal_on_all_ranks(model: nn.Module) -> None:

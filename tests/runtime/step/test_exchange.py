@@ -76,7 +76,7 @@ def busiest(ranks: int) -> int:
 
 def product_flops(holders: int) -> float:
     """Count the products around a step of the optimizer, of which each rank makes those of the outputs it holds."""
-    return sum(10 * o * d * K / holders for d, o in pairwise(WIDTHS))
+    return sum(8 * o * d * K / holders for d, o in pairwise(WIDTHS))
 
 
 @distributed_test(world_size=[1, 2, 4])

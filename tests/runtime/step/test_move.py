@@ -27,7 +27,7 @@ class Three(nn.Module):
 
 
 RULES = [
-    Power(), Power(rank=3), Power(gradient_gain=1.0), Power(max_samples=5), Power(power=0.0), Dbp(),
+    Power(), Power(rank=3), Power(gain=0.0), Power(max_samples=5), Power(power=0.0), Dbp(),
     Dbp(structure="kronecker"), Dbp(structure="block"), Dbp(preserve_function=False), Dbp(sample_fraction=0.3), Crgd(),
     Crgd(structure="kronecker"), Crgd(max_samples=5),
 ]  # fmt: skip

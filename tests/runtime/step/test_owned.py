@@ -1,17 +1,18 @@
 """What an optimizer owns is looked up once, and again after each change of its parameters or of the models' weights."""
 
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import decorr_fx
 from decorr_fx import Power
 from decorr_fx.runtime.step import owned
-from decorr_fx.runtime.step.owned import owned_by
+from decorr_fx.runtime.step.owned import owned_by, writes_from_copies
 
 
 def two_layers() -> nn.Module:
@@ -141,3 +142,39 @@ def test_an_optimizer_of_another_model_costs_the_same_beside_thousands_of_sites(
     first, second = calls_of(optimizer), calls_of(optimizer)
     assert second == before and one is not models[0]
     assert calls_of(torch.optim.SGD(plain.parameters(), lr=0.1)) < first + 200  # a look-up is of its own parameters
+
+
+class Copying(torch.optim.Optimizer):
+    """An optimizer that writes parameters from float32 copies, or keeps copies that are something else."""
+
+    def __init__(self, parameters: Iterable[Tensor], copies: bool) -> None:
+        super().__init__(parameters, {})
+        self.copies = copies
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            copy = self.state[p].setdefault("copy", p.detach().float().clone())
+            copy -= 0.01 * p.grad
+            p.copy_(copy if self.copies else copy + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copies", [False, True])
+def test_an_optimizer_that_writes_from_copies_is_found(copies: bool, dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.randn(4, 3, dtype=dtype))
+    optimizer = Copying([parameter], copies)
+    assert not writes_from_copies(optimizer, [])  # nothing was stepped yet
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert writes_from_copies(optimizer, [parameter]) == copies
+    parameter.data.add_(1)
+    assert writes_from_copies(optimizer, [parameter]) == copies  # looked for once
+
+
+def test_adam_has_no_copies() -> None:
+    layer = nn.Linear(3, 4)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    assert not writes_from_copies(optimizer, [*layer.parameters()])
