@@ -64,6 +64,7 @@ def writes_from_copies(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bo
         known = _COPYING[optimizer] = any(
             type(value) is Tensor and value.shape == p.shape and torch.equal(value.to(p.device, p.dtype), p)
             for p, value in copies
+            if bool(p.any())  # of zeros, as some layers start from, there are others: momenta
         )
     return bool(known)
 

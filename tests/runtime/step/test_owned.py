@@ -172,9 +172,12 @@ def test_an_optimizer_that_writes_from_copies_is_found(copies: bool, dtype: torc
     assert writes_from_copies(optimizer, [parameter]) == copies  # looked for once
 
 
-def test_adam_has_no_copies() -> None:
-    layer = nn.Linear(3, 4)
+@pytest.mark.parametrize("x", [torch.randn(5, 3), torch.zeros(5, 3)], ids=["drawn", "zeros"])
+def test_adam_has_no_copies(x: Tensor) -> None:
+    """Nor where all of the weight and all of its momentum are zero."""
+    layer = nn.Linear(3, 4, bias=False)
+    nn.init.zeros_(layer.weight)
     optimizer = torch.optim.Adam(layer.parameters())
-    layer(torch.randn(5, 3)).sum().backward()
+    layer(x).sum().backward()
     optimizer.step()
     assert not writes_from_copies(optimizer, [*layer.parameters()])
