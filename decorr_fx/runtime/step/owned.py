@@ -60,13 +60,17 @@ def writes_from_copies(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bo
     """
     known = _COPYING.get(optimizer)
     if known is None and parameters:
-        copies = ((p, value) for p in parameters for value in optimizer.state.get(p, {}).values())
-        known = _COPYING[optimizer] = any(
-            type(value) is Tensor and value.shape == p.shape and torch.equal(value.to(p.device, p.dtype), p)
-            for p, value in copies
-            if bool(p.any())  # of zeros, as some layers start from, there are others: momenta
-        )
+        pairs = ((p, optimizer.state.get(p)) for p in parameters)
+        states = ((p, value) for p, state in pairs if isinstance(state, dict) for value in state.values())
+        known = _COPYING[optimizer] = any(_is_copy(value, p) for p, value in states)
     return bool(known)
+
+
+def _is_copy(value: object, parameter: Tensor) -> bool:
+    """Tell whether a value is a copy of a parameter; not of one of zeros, which some layers start from, and momenta."""
+    if type(value) is not Tensor or value.shape != parameter.shape or not bool(parameter.any()):
+        return False
+    return torch.equal(value.to(parameter.device, parameter.dtype), parameter)
 
 
 def _look_up(parameters: Sequence[Tensor], ids: list[int]) -> Owned:
