@@ -55,8 +55,9 @@ def test_R_is_the_closed_form_of_all_rows() -> None:
     Sigma = reference.measure(torch.cat(seen).double()).M
     rule, U = Power(), model[0].weight_decorr.U[0].double()
     used = model[0].weight_decorr.used
-    expected = reference.shrinking(Sigma, float(Sigma.trace()) / 5, used, rule.power, rule.damping)
+    expected = reference.shrinking(Sigma, float(Sigma.trace()), used, rule.power, rule.damping)
     torch.testing.assert_close(dense_R(U[-used:]), expected, rtol=1e-4, atol=1e-4)
+    expected = reference.gain(Sigma, expected, rule.gain) * expected
     torch.testing.assert_close(decorr_fx.matrices(model)["0"][0].double(), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -32,7 +32,7 @@ def test_the_report_is_the_plan_before_and_the_fact_after() -> None:
     assert (first.fqn, first.kind, first.d, first.groups, first.structure) == ("0", "conv2d", 27, 1, "kronecker")
     assert first.bytes == 4 * (3 * 3 + 9 * 9)
     default = decorr_fx.report(plain, Power(rank=5)).sites[0]
-    assert (default.structure, default.bytes) == ("rank 5", 4 * (5 * 27 + 5 + 1))  # U, and what is remembered
+    assert (default.structure, default.bytes) == ("rank 5", 4 * (5 * 27 + 5 + 2))  # U, its gain, what is remembered
     assert plan.sites[1].groups == 8
     table = str(plan)
     assert "conv2d" in table
