@@ -56,9 +56,12 @@ _COPYING: "WeakKeyDictionary[Optimizer, bool]" = WeakKeyDictionary()
 def writes_from_copies(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Tell whether an optimizer has just written parameters from copies in its state, as of float32 beside bfloat16.
 
-    Such a copy does not follow the parameter. It is looked for once an optimizer, among parameters that it has stepped.
+    Such a copy does not follow the parameter. It is looked for once an optimizer, among parameters that it has stepped,
+    which waits for the device; optimizers of torch have none.
     """
     known = _COPYING.get(optimizer)
+    if known is None and type(optimizer).__module__.startswith("torch.optim."):
+        known = _COPYING[optimizer] = False
     if known is None and parameters:
         pairs = ((p, optimizer.state.get(p)) for p in parameters)
         states = ((p, value) for p, state in pairs if isinstance(state, dict) for value in state.values())
