@@ -65,7 +65,6 @@ def last_loss(problem: Problem, make: Callable[..., torch.optim.Optimizer], tran
 
 CASES: dict[str, tuple[Problem, Callable[..., torch.optim.Optimizer]]] = {
     "few features, Adam": (few_features, lambda p: torch.optim.Adam(p, lr=3e-3)),
-    "few features, SGD": (few_features, lambda p: torch.optim.SGD(p, lr=0.1)),
     "untied output layer, AdamW": (untied_output_layer, lambda p: torch.optim.AdamW(p, lr=1e-3)),
     "convolutions, SGD": (convolutions, lambda p: torch.optim.SGD(p, lr=0.1)),
     "convolutions, Adam": (convolutions, lambda p: torch.optim.Adam(p, lr=1e-3)),

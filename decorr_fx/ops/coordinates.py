@@ -1,6 +1,6 @@
 """The change of coordinates around a step of the optimizer, of all weights of one shape together.
 
-    before the step   g <- g R^T                       the gradient of W, of the gradient of theta = W R
+    before the step   g <- g R^T / gain                the gradient of W, of the gradient of theta = W R
     after the step    theta <- old + (theta - old) R   the move of W, as a move of theta
 
 Both are products of the rows of a weight with R. They are made in float32 at least, whatever the weights are, and
@@ -20,7 +20,10 @@ CACHED = 2**18  # numbers of a weight that stay in the cache of a CPU, while the
 
 
 def gradients_to_z(gradients: Sequence[Tensor], R: R, layout: Layout) -> None:
-    """Let gradients of theta be those of W, in place: `g <- g R^T`.
+    """Let gradients of theta be those of W, in place: `g <- g R^T`, without the gain of R.
+
+    Adam and its like do not feel a scalar on the gradient. SGD does: with the gain on gradients as well as on moves,
+    its steps grow by the square of it, and a learning rate that is just right for the plain model is too large.
 
     Args:
         gradients: of weights of one shape.
@@ -28,7 +31,7 @@ def gradients_to_z(gradients: Sequence[Tensor], R: R, layout: Layout) -> None:
         layout: how each is read.
     """
     stacked = _stacked(gradients, layout)
-    R.transposed.times_(stacked)
+    (LowRank(R.U) if isinstance(R, LowRank) else R.transposed).times_(stacked)
     _write(gradients, stacked, layout)
 
 

@@ -189,10 +189,10 @@ def test_paused_keeps_R_and_drops_the_rows() -> None:
 def test_steps_go_through_R_as_it_is_while_it_is_paused() -> None:
     model = two_layers().double()
     one_step(model, torch.randn(9, 5, dtype=torch.float64))
-    R = decorr_fx.matrices(model)["0"][0]
+    R, gain = decorr_fx.matrices(model)["0"][0], model[0].weight_decorr.gain
     with decorr_fx.paused(model):
         model(torch.randn(9, 5, dtype=torch.float64)).square().sum().backward()
-        expected = model[0].weight.detach() - 0.1 * model[0].weight.grad @ R.T @ R
+        expected = model[0].weight.detach() - 0.1 * model[0].weight.grad @ R.T @ R / gain
         torch.optim.SGD(model.parameters(), lr=0.1).step()
     torch.testing.assert_close(model[0].weight.detach(), expected)
 
@@ -403,8 +403,9 @@ def test_the_dense_matrix_is_what_weights_are_multiplied_with(rule: Rule) -> Non
     assert R.shape == (2, 6, 6) and not torch.equal(R[0], torch.eye(6))
     layer(torch.randn(8, 4, 9, dtype=torch.float64)).square().sum().backward()
     weight, gradient = layer.weight.detach().clone(), layer.weight.grad.clone()
+    gain = site.gain if isinstance(rule, Power) else torch.ones(2)
     with decorr_fx.paused(layer):
         torch.optim.SGD(layer.parameters(), lr=0.1).step()
     for group, rows in enumerate(gradient.flatten(1).chunk(2)):
-        expected = weight.flatten(1).chunk(2)[group] - 0.1 * rows @ R[group].T @ R[group]
+        expected = weight.flatten(1).chunk(2)[group] - 0.1 * rows @ R[group].T @ R[group] / gain[group]
         torch.testing.assert_close(layer.weight.detach().flatten(1).chunk(2)[group], expected)

@@ -92,8 +92,9 @@ def test_gradients_and_moves_are_mapped_by_the_dense_matrix(rule: Rule) -> None:
     for site, (p, old, gradient) in zip(sites, olds, strict=True):
         groups = site.spec.layout.groups
         parts = [part.flatten(1).chunk(groups) for part in (old, gradient, p.detach())]
-        for R, before, g, after in zip(site.dense(), *parts, strict=True):
-            mapped = reference.gradient_to_z(g, R)
+        gains = site.gain if isinstance(rule, Power) else torch.ones(groups)
+        for R, gain, before, g, after in zip(site.dense(), gains, *parts, strict=True):
+            mapped = reference.gradient_to_z(g, R) / gain
             expected = reference.move_to_x(before, before - 0.1 * mapped - 0.01, R)
             torch.testing.assert_close(after, expected)
 
