@@ -140,13 +140,13 @@ def test_training_goes_on_from_there() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     decorr_fx.calibrate(model, batches())
     plain.load_state_dict({key: model.state_dict()[key] for key in plain.state_dict()})
-    R, x = decorr_fx.matrices(model)["5"][0], batches()[0]
+    R, gain, x = decorr_fx.matrices(model)["5"][0], model[5].weight_decorr.gain.clone(), batches()[0]
     for one in (model, plain):
         torch.manual_seed(1)  # of the dropout
         one(x).square().sum().backward()
     before, gradient = plain[5].weight.detach(), plain[5].weight.grad
     optimizer.step()
-    torch.testing.assert_close(model[5].weight.detach(), before - 0.01 * gradient @ R.T @ R)
+    torch.testing.assert_close(model[5].weight.detach(), before - 0.01 * gradient @ R.T @ R / gain)
     assert [site.steps for site in decorr_fx.stats(model)] == [4, 4]
 
 
