@@ -13,7 +13,7 @@ OPTIONS: Mapping[str, tuple[Callable[[str], Any] | None, str]] = {  # type, None
     "damping": (float, "eigenvalue, over the mean one, above which a direction is shrunk"),
     "rate": (float, "at which the running moment follows new rows"),
     "power": (float, "exponent, in [0, 0.5]; 0.5 is whitening"),
-    "gain": (float, "exponent of a scalar on the gradient, for SGD"),
+    "gain": (float, "exponent of the scalar on R; 0: R only shrinks"),
     "cost_budget": (float, "most FLOP around a step of the optimizer, as a part of the layer's own"),
     "decor_lr": (float, "step size of R"),
     "structure": (str, "shape of R"),

@@ -6,8 +6,8 @@
     gamma^2 = tr Sigma / tr(R Sigma R) of R without gamma
 
 p = 1/2 is whitening where an eigenvalue is well above delta; where it is far below, R is gamma. With gamma, z is as
-large as x in the mean square, and R is the identity where x is white: a learning rate that suits the plain model suits
-this one. The inputs of most layers are large in few directions: the mean and some others have nearly all of the second
+large as x in the mean square, and R is the identity where x is white: steps are about as large as those of the plain
+model. The inputs of most layers are large in few directions: the mean and some others have nearly all of the second
 moment, and steps of W in those limit its learning rate. Steps of the weight are preconditioned by R^T R. Kaldi's online
 natural gradient (arXiv 1410.7455) has the same algebra, and a like scaling.
 
